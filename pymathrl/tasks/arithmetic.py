@@ -1,0 +1,162 @@
+"""Arithmetic: the integer value of a chain such as "37+485-12*6", graded exactly.
+
+Products bind before sums, there are no brackets, and results may be negative.
+"""
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+from pymathrl.errors import UserError, nearest
+from pymathrl.tasks.answer_tag import last_answer
+from pymathrl.tasks.expression import MAX_LITERALS, canonical
+from pymathrl.tasks.holdout import TEST_SEED, is_held_out
+from pymathrl.tasks.problem import Grade, Problem
+
+MAX_DIGITS = 9
+MAX_ANSWER_LENGTH = 256  # characters; Python refuses to read integers of more than 4300 digits
+MAX_DRAWS = 10_000  # draws in a row without a new problem: the ranges hold no more
+TEST_SIZE = 1_024  # problems in the test set, unless a caller asks for another number
+
+_INTEGER = re.compile(r"[+-]?[0-9]+")
+_NORMALIZE = str.maketrans({"−": "-", "–": "-"})  # noqa: RUF001 - the characters to replace
+
+
+def problem_key(chain: str) -> str:
+    """The identity of a problem: the order of terms and of factors does not matter, so "2+3*4" and "4*3+2" are one."""
+    return f"arithmetic:{canonical(chain)}"
+
+
+def read_integer(text: str) -> int | None:
+    """The integer a text states, else None: one optional sign and ASCII digits.  Leading zeros are allowed ("007" is 7);
+    thousands separators ("1,234"), decimals ("7.0") and spaces inside are not."""
+    text = text.strip().translate(_NORMALIZE)
+    return int(text) if len(text) <= MAX_ANSWER_LENGTH and _INTEGER.fullmatch(text) else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arithmetic:
+    """Chains of terms_min..terms_max numbers of digits_min..digits_max digits, joined by operations drawn from `ops`.
+
+    A number of d digits is uniform over 10^(d-1)..10^d-1 (1..9 for one digit), d uniform over its range.
+    format_score: reward of a wrong answer that is an integer in a closed answer tag; 0 pays for correctness only.
+    """
+
+    terms_min: int = 2
+    terms_max: int = 4
+    digits_min: int = 1
+    digits_max: int = 3
+    ops: str = "+-*"
+    format_score: float = 0.1
+    name: str = field(default="arithmetic", init=False)
+
+    def __post_init__(self) -> None:
+        for low, high, least, most in (
+            ("terms_min", "terms_max", 2, MAX_LITERALS),
+            ("digits_min", "digits_max", 1, MAX_DIGITS),
+        ):
+            a, b = getattr(self, low), getattr(self, high)
+            if not least <= a <= b <= most:
+                raise UserError(f"arithmetic: expected {least} <= {low} <= {high} <= {most}, got {low}={a}, {high}={b}")
+        if not self.ops or set(self.ops) - set("+-*"):
+            raise UserError(f"arithmetic: ops must be one or more of the characters + - *, got {self.ops!r}")
+        if not 0 <= self.format_score < 1:
+            raise UserError(f"arithmetic: format_score must be in [0, 1), got {self.format_score}")
+
+    def draw(self, rng: random.Random) -> tuple[list[int], str]:
+        """(numbers, operations between them)."""
+        count = rng.randint(self.terms_min, self.terms_max)
+        digits = [rng.randint(self.digits_min, self.digits_max) for _ in range(count)]
+        numbers = [rng.randint(10 ** (d - 1), 10**d - 1) for d in digits]
+        return numbers, "".join(rng.choice(self.ops) for _ in range(count - 1))
+
+    def train(self, index: int, seed: int) -> Problem:
+        rng = random.Random(seed * 1_000_003 + index)
+        for _ in range(MAX_DRAWS):
+            numbers, ops = self.draw(rng)
+            if not is_held_out(problem_key(_chain(numbers, ops))):
+                return _problem(index, numbers, ops)
+        raise UserError(f"arithmetic: every problem of {self} is held out for testing; allow more digits or terms")
+
+    def test(self, n: int | None = None) -> list[Problem]:
+        return list(_test_problems(self, TEST_SIZE if n is None else n))
+
+    def prompt(self, problem: Problem, style: str) -> str:
+        if style == "compact":
+            return f"{problem.question} = ?\n<think>"
+        task = (
+            f"Work out the exact value of {problem.question}. Multiply before you add or subtract. "
+            "Put your reasoning between <think> and </think>, and the resulting integer, without thousands separators, "
+            "between <answer> and </answer>, for instance <answer>-42</answer>."
+        )
+        if style == "chat":
+            return task
+        if style == "plain":
+            return (
+                "What follows is a dialogue between a User who poses a problem and an Assistant who solves it. "
+                "The Assistant works the problem out in its head before it tells the User the result.\n"
+                f"User: {task}\nAssistant: I will work through this one step at a time.\n<think>"
+            )
+        raise UserError(f"arithmetic: unknown prompt style {style!r}: {nearest(style, ('compact', 'plain', 'chat'))}")
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        answer = last_answer(response)
+        if answer is None:
+            return Grade(0.0, False, None, None, "no closed answer tag")
+        value = read_integer(answer)
+        if value is None:
+            return Grade(0.0, False, answer, None, "not an integer")
+        if value == int(problem.answer):
+            return Grade(1.0, True, answer, str(value), "correct")
+        return Grade(self.format_score, False, answer, str(value), f"wrong value {value}")
+
+    def solution(self, problem: Problem, rng: random.Random) -> str:
+        """Supervised text in the compact format: every product, then every sum, from left to right, one operation per
+        step: "12*6=72,37+485=522,522-72=450</think><answer>450</answer>".  Each problem has one: `rng` is not drawn."""
+        steps, value = work_out(problem.meta["numbers"], problem.meta["ops"])
+        return f"{','.join(steps)}</think><answer>{value}</answer>"
+
+
+def work_out(numbers: Sequence[int], ops: str) -> tuple[list[str], int]:
+    """(one "a+b=c" per operation, in the order of evaluation; the value of the chain)."""
+    steps: list[str] = []
+    terms, signs = [numbers[0]], [""]
+    for op, number in zip(ops, numbers[1:], strict=True):
+        if op == "*":
+            steps.append(f"{terms[-1]}*{number}={terms[-1] * number}")
+            terms[-1] *= number
+        else:
+            terms.append(number)
+            signs.append(op)
+    total = terms[0]
+    for sign, term in zip(signs[1:], terms[1:], strict=True):
+        value = total + term if sign == "+" else total - term
+        steps.append(f"{total}{sign}{term}={value}")
+        total = value
+    return steps, total
+
+
+@lru_cache(maxsize=8)
+def _test_problems(task: Arithmetic, n: int) -> tuple[Problem, ...]:
+    rng, problems, misses = random.Random(TEST_SEED), dict[str, Problem](), 0
+    while len(problems) < n and misses < MAX_DRAWS:
+        numbers, ops = task.draw(rng)
+        key = problem_key(_chain(numbers, ops))
+        misses += 1
+        if key not in problems and is_held_out(key):
+            problems[key] = _problem(len(problems), numbers, ops)
+            misses = 0
+    if n and not problems:
+        raise UserError(f"arithmetic: no problem of {task} is held out for testing; allow more digits or terms")
+    return tuple(problems.values())
+
+
+def _chain(numbers: Sequence[int], ops: str) -> str:
+    return str(numbers[0]) + "".join(f"{op}{number}" for op, number in zip(ops, numbers[1:], strict=True))
+
+
+def _problem(uid: int, numbers: Sequence[int], ops: str) -> Problem:
+    _, value = work_out(numbers, ops)
+    return Problem(uid, _chain(numbers, ops), str(value), {"numbers": tuple(numbers), "ops": ops})

@@ -1,0 +1,21 @@
+"""Which problems are never trained on.
+
+One rule for every task: a problem is held out if the hash of its key says so.  Membership depends on nothing else (no
+seed, no option, no file, no order), so a model made from one training source and tested with another, or with other
+ranges, has still never been trained on a problem of the test set.
+"""
+
+import hashlib
+
+HELD_OUT_SHARE = 1 / 8
+TEST_SEED = 2_718_281_828  # of every generated test stream; independent of the seed of a run
+
+
+def key_hash(key: str) -> int:
+    """64-bit BLAKE2b hash of a key; the same on every machine and Python version (unlike ``hash``)."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
+
+
+def is_held_out(key: str) -> bool:
+    """True for the share `HELD_OUT_SHARE` of all keys.  `key`: the identity of the problem, with its task's name."""
+    return key_hash(key) < HELD_OUT_SHARE * 2**64
