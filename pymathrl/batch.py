@@ -1,0 +1,336 @@
+"""What travels between the stages: Rollout (what was generated) and Batch (a rollout with what was made of it).
+
+Both are packed structs of arrays: T tokens of B sequences one after the other, without padding. Sequence b is the
+token range offsets[b] .. offsets[b+1]; its first prompt_len[b] tokens are the prompt. Position t of a per-token array
+speaks of token t given the tokens before it in the same sequence: the shift by one happens once, in `micro_batches`.
+Rows of one group (the samples of one prompt) are contiguous. Nothing here is changed in place after it was built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+ROLE_PROMPT = 0  # given by the task
+ROLE_SAMPLED = 1  # drawn by the policy: the only role that is trained
+ROLE_FORCED = 2  # put in by a program: a hint, a tool's output, a prefilled phrase
+ROLE_NAMES = ("prompt", "sampled", "forced")
+
+STOP_EOS = 0  # the policy drew an end token; that token is part of the sequence and is trained
+STOP_LENGTH = 1  # cut off at the length limit; the sequence has no end token
+STOP_NAMES = ("eos", "length")
+
+
+def _check(owner: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{owner}.{name}: expected {dtype} of shape {list(shape)}, got {value.dtype} of shape {list(value.shape)}"
+        )
+
+
+def _require(condition: bool, owner: str, name: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ValueError(f"{owner}.{name}: expected {expected}, got {got}")
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """B sequences, T tokens in all.
+
+    ids         int64 [T]    token ids of the policy's tokenizer
+    role        int8  [T]    ROLE_PROMPT, ROLE_SAMPLED or ROLE_FORCED
+    logp        fp32  [T]    nats, log-probability under the sampling distribution (temperature, truncation); 0 where not sampled
+    mean_logp   fp32  [T]    nats, mean over the vocabulary of the log-probabilities at the sampling temperature; 0 where not sampled
+    entropy     fp32  [T]    nats, entropy of the distribution that the token was drawn from; 0 where not sampled
+    offsets     int64 [B+1]  tokens; offsets[0] = 0, offsets[B] = T, strictly rising
+    prompt_len  int64 [B]    tokens, 1 <= prompt_len[b] <= length of row b
+    group       int64 [B]    group number; rows of one group are contiguous
+    uid         int64 [B]    identity of the sample (the counter of its random draws): not a batch slot
+    stop        int8  [B]    STOP_EOS or STOP_LENGTH
+    """
+
+    ids: Tensor
+    role: Tensor
+    logp: Tensor
+    mean_logp: Tensor
+    entropy: Tensor
+    offsets: Tensor
+    prompt_len: Tensor
+    group: Tensor
+    uid: Tensor
+    stop: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B, the number of sequences."""
+        return self.prompt_len.numel()
+
+    @property
+    def tokens(self) -> int:
+        """T, the number of tokens, prompts included."""
+        return self.ids.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def lengths(self) -> Tensor:
+        """int64 [B]: tokens of each row, prompt included."""
+        return self.offsets.diff()
+
+    @property
+    def response_lengths(self) -> Tensor:
+        """int64 [B]: tokens of each row after its prompt."""
+        return self.lengths - self.prompt_len
+
+    @property
+    def sampled_mask(self) -> Tensor:
+        """bool [T]: True where the policy drew the token."""
+        return self.role == ROLE_SAMPLED
+
+    @property
+    def row_of_token(self) -> Tensor:
+        """int64 [T]: the row that each token belongs to."""
+        return torch.repeat_interleave(torch.arange(self.rows, device=self.device), self.lengths)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """values [B] -> [T]: each row's value at each of its tokens (prompt tokens too: mask with `sampled_mask`)."""
+        _require(values.shape == (self.rows,), "Rollout", "per_token(values)", f"shape [{self.rows}]", list(values.shape))
+        return torch.repeat_interleave(values, self.lengths)
+
+    def response(self, row: int) -> Tensor:
+        """int64: the ids of one row after its prompt, the end token included."""
+        start, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        return self.ids[start + int(self.prompt_len[row]) : end]
+
+    def select(self, rows: Tensor | Sequence[int]) -> Rollout:
+        """The rollout of these rows, in the order given. Keeping a group's rows together is the caller's affair."""
+        rows = _row_index(rows, self.device)
+        index, offsets = _gather_index(self.offsets, rows)
+        return Rollout(
+            **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS},
+            offsets=offsets,
+            **{name: getattr(self, name)[rows] for name in _ROW_FIELDS},
+        )
+
+    def to(self, device: torch.device | str) -> Rollout:
+        return Rollout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def cpu(self) -> Rollout:
+        return self.to("cpu")
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, what was expected and what was found."""
+        rows, tokens = self.rows, self.tokens
+        for name, dtype in _TOKEN_FIELDS.items():
+            _check("Rollout", name, getattr(self, name), (tokens,), dtype)
+        _check("Rollout", "offsets", self.offsets, (rows + 1,), torch.int64)
+        for name, dtype in _ROW_FIELDS.items():
+            _check("Rollout", name, getattr(self, name), (rows,), dtype)
+        for f in fields(self):
+            device = getattr(self, f.name).device
+            _require(device == self.device, "Rollout", f.name, f"a tensor on {self.device} like ids", device)
+        offsets, lengths = self.offsets, self.lengths
+        _require(int(offsets[0]) == 0, "Rollout", "offsets", "offsets[0] = 0", int(offsets[0]))
+        _require(int(offsets[-1]) == tokens, "Rollout", "offsets", f"offsets[B] = T = {tokens}", int(offsets[-1]))
+        if rows == 0:
+            return
+        _require(bool((lengths > 0).all()), "Rollout", "offsets", "strictly rising values", lengths.min().item())
+        ok = (self.prompt_len >= 1) & (self.prompt_len <= lengths)
+        _require(bool(ok.all()), "Rollout", "prompt_len", "1 <= prompt_len <= row length", _first_bad(self.prompt_len, ok))
+        ok = (self.role >= 0) & (self.role < len(ROLE_NAMES))
+        _require(bool(ok.all()), "Rollout", "role", f"0..{len(ROLE_NAMES) - 1}", _first_bad(self.role, ok))
+        ok = (self.stop >= 0) & (self.stop < len(STOP_NAMES))
+        _require(bool(ok.all()), "Rollout", "stop", f"0..{len(STOP_NAMES) - 1}", _first_bad(self.stop, ok))
+        _require(bool((self.ids >= 0).all()), "Rollout", "ids", "ids >= 0", self.ids.min().item())
+        position = torch.arange(tokens, device=self.device) - self.per_token(offsets[:-1])
+        in_prompt = position < self.per_token(self.prompt_len)
+        ok = in_prompt == (self.role == ROLE_PROMPT)
+        _require(bool(ok.all()), "Rollout", "role", "ROLE_PROMPT on the first prompt_len tokens of a row only", _first_bad(self.role, ok))
+        for name in ("logp", "mean_logp", "entropy"):
+            value = getattr(self, name)
+            ok = torch.isfinite(value) & (self.sampled_mask | (value == 0))
+            _require(bool(ok.all()), "Rollout", name, "finite values, 0 where not sampled", _first_bad(value, ok))
+        runs = 1 + int((self.group.diff() != 0).sum())
+        distinct = self.group.unique().numel()
+        _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
+
+    @staticmethod
+    def concat(parts: Sequence[Rollout]) -> Rollout:
+        """The rows of all parts in order. Group numbers of a later part are shifted past those of the earlier ones."""
+        if not parts:
+            raise ValueError("Rollout.concat: expected at least one rollout, got none")
+        shifts, groups, offsets = 0, [], [parts[0].offsets[:1]]
+        tokens = 0
+        for part in parts:
+            groups.append(part.group + shifts)
+            shifts = int(groups[-1].max()) + 1 if part.rows else shifts
+            offsets.append(part.offsets[1:] + tokens)
+            tokens += part.tokens
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*_TOKEN_FIELDS, *_ROW_FIELDS)}
+        joined["group"] = torch.cat(groups)
+        return Rollout(offsets=torch.cat(offsets), **joined)
+
+
+_TOKEN_FIELDS = {
+    "ids": torch.int64,
+    "role": torch.int8,
+    "logp": torch.float32,
+    "mean_logp": torch.float32,
+    "entropy": torch.float32,
+}
+_ROW_FIELDS = {"prompt_len": torch.int64, "group": torch.int64, "uid": torch.int64, "stop": torch.int8}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A rollout with its rewards and the terms of its loss.
+
+    rollout    Rollout     B rows, T tokens
+    reward     fp32 [B]    the task's reward of each row
+    correct    bool [B]    whether the row's answer is right
+    advantage  fp32 [T]    the factor of the policy gradient at each sampled token; 0 elsewhere
+    weight     fp32 [T]    the share of each token in the loss (the normaliser); 0 where not trained
+    coef       fp32 [T]    an algorithm's own factor on a token's term; 1 where it has none
+    """
+
+    rollout: Rollout
+    reward: Tensor
+    correct: Tensor
+    advantage: Tensor
+    weight: Tensor
+    coef: Tensor
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """values [B] -> [T], see `Rollout.per_token`."""
+        return self.rollout.per_token(values)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Batch:
+        """The batch of these rows, in the order given."""
+        rows = _row_index(rows, self.rollout.device)
+        index, _ = _gather_index(self.rollout.offsets, rows)
+        return Batch(
+            rollout=self.rollout.select(rows),
+            reward=self.reward[rows],
+            correct=self.correct[rows],
+            advantage=self.advantage[index],
+            weight=self.weight[index],
+            coef=self.coef[index],
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def cpu(self) -> Batch:
+        return self.to("cpu")
+
+    def validate(self) -> None:
+        """Raises ValueError naming the field, what was expected and what was found."""
+        self.rollout.validate()
+        rows, tokens = self.rollout.rows, self.rollout.tokens
+        _check("Batch", "reward", self.reward, (rows,), torch.float32)
+        _check("Batch", "correct", self.correct, (rows,), torch.bool)
+        _require(bool(torch.isfinite(self.reward).all()), "Batch", "reward", "finite values", "nan or inf")
+        for name in ("advantage", "weight", "coef"):
+            value = getattr(self, name)
+            _check("Batch", name, value, (tokens,), torch.float32)
+            _require(bool(torch.isfinite(value).all()), "Batch", name, "finite values", "nan or inf")
+        ok = self.rollout.sampled_mask | (self.weight == 0)
+        _require(bool(ok.all()), "Batch", "weight", "0 where not sampled", _first_bad(self.weight, ok))
+
+    @staticmethod
+    def concat(parts: Sequence[Batch]) -> Batch:
+        """The rows of all parts in order, see `Rollout.concat`."""
+        joined = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Batch) if f.name != "rollout"}
+        return Batch(rollout=Rollout.concat([p.rollout for p in parts]), **joined)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """b rows, right-padded, as one forward pass of the update takes them; N = their sampled tokens.
+
+    rows          int64 [b]    row numbers in the rollout, rising
+    ids           int64 [b,S]  right-padded with 0 (under a causal mask no real token sees the padding). The last token of
+                               a row scores nothing, so S is the longest row less one
+    hidden_index  int64 [N]    index into hidden.view(b*S, D): the position before each sampled token, which scores it
+    token_index   int64 [N]    index of each sampled token in the rollout's packed arrays, rising
+    targets       int64 [N]    the sampled tokens: rollout.ids[token_index]
+    offsets       int64 [b+1]  row i of the micro-batch owns the sampled tokens offsets[i] .. offsets[i+1]
+    """
+
+    rows: Tensor
+    ids: Tensor
+    hidden_index: Tensor
+    token_index: Tensor
+    targets: Tensor
+    offsets: Tensor
+
+
+def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: int) -> Iterator[MicroBatch]:
+    """Splits rows of a rollout into right-padded micro-batches of at most `token_budget` padded tokens (one row at least).
+
+    Rows of like length go together, longest first, so that padding is small and the first micro-batch needs the most
+    memory. Deterministic in its arguments. Rows without a sampled token are left out.
+    """
+    if token_budget < 1:
+        raise ValueError(f"micro_batches: token_budget must be >= 1 token, got {token_budget}")
+    device = rollout.device
+    rows = _row_index(rows, device)
+    per_row = torch.zeros(rollout.rows, dtype=torch.int64, device=device)
+    per_row.index_add_(0, rollout.row_of_token, rollout.sampled_mask.long())
+    rows = rows[per_row[rows] > 0]
+    if not rows.numel():
+        return
+    lengths = rollout.lengths[rows] - 1  # fed tokens: all but the last
+    order = torch.sort(lengths, descending=True, stable=True).indices
+    start, widths = 0, lengths[order].tolist()
+    while start < len(widths):
+        width = max(1, widths[start])
+        end = start + max(1, min(len(widths) - start, token_budget // width))
+        yield _micro_batch(rollout, torch.sort(rows[order[start:end]]).values, width)
+        start = end
+
+
+def _micro_batch(rollout: Rollout, rows: Tensor, width: int) -> MicroBatch:
+    column = torch.arange(width + 1, device=rollout.device)
+    position = rollout.offsets[rows, None] + column  # [b, S+1] packed index of each cell
+    real = column < rollout.lengths[rows, None]
+    position = torch.where(real, position, 0)
+    cells = torch.where(real, rollout.ids[position], 0)
+    scored = real & (rollout.role[position] == ROLE_SAMPLED)
+    scored[:, 0] = False  # nothing comes before the first token; prompt_len >= 1 keeps it a prompt token
+    row, at = scored.nonzero(as_tuple=True)
+    token_index = position[row, at]
+    offsets = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=rollout.device)
+    offsets[1:] = scored.sum(1).cumsum(0)
+    return MicroBatch(
+        rows=rows,
+        ids=cells[:, :width].contiguous(),
+        hidden_index=row * width + at - 1,
+        token_index=token_index,
+        targets=rollout.ids[token_index],
+        offsets=offsets,
+    )
+
+
+def _row_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    return torch.as_tensor(rows, dtype=torch.int64, device=device)
+
+
+def _gather_index(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(index [T'] of the tokens of these rows in the packed arrays, offsets [B'+1] of the selection)."""
+    lengths = offsets.diff()[rows]
+    new = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=offsets.device)
+    new[1:] = lengths.cumsum(0)
+    total = int(new[-1])
+    index = torch.arange(total, device=offsets.device) + torch.repeat_interleave(offsets[:-1][rows] - new[:-1], lengths)
+    return index, new
+
+
+def _first_bad(value: Tensor, ok: Tensor) -> str:
+    at = int((~ok).nonzero()[0, 0])
+    return f"{value[at].item()} at index {at}"
