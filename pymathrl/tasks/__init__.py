@@ -51,7 +51,7 @@ TASKS: dict[str, Callable[..., Task]] = {"countdown": countdown, "arithmetic": A
 _BOOLEANS = {"true": True, "false": False}
 
 
-def load_task(name: str | Path, **options: Any) -> Task:
+def load_task(name: str | Path, /, **options: Any) -> Task:
     """The task of that name, or of a JSONL file: a path that ends in .jsonl or has a directory part; the fields of its
     first row tell the kind of task.  Options as in `task_options`; values may be text, as from a command line."""
     build, arguments = _resolve(str(name))

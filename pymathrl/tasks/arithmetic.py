@@ -9,15 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from pymathrl.errors import UserError, nearest
+from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.expression import MAX_LITERALS, canonical
 from pymathrl.tasks.holdout import TEST_SEED, is_held_out
 from pymathrl.tasks.problem import Grade, Problem
+from pymathrl.tasks.prompt_style import instruct
 
 MAX_DIGITS = 9
 MAX_ANSWER_LENGTH = 256  # characters; Python refuses to read integers of more than 4300 digits
-MAX_DRAWS = 10_000  # draws in a row without a new problem: the ranges hold no more
+MAX_DRAWS = 4_000  # draws in a row without a new test problem: the ranges hold no more
 TEST_SIZE = 1_024  # problems in the test set, unless a caller asks for another number
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -30,7 +31,7 @@ def problem_key(chain: str) -> str:
 
 
 def read_integer(text: str) -> int | None:
-    """The integer a text states, else None: one optional sign and ASCII digits.  Leading zeros are allowed ("007" is 7);
+    """The integer a text states, else None: an optional sign and ASCII digits.  Leading zeros are allowed ("007" is 7);
     thousands separators ("1,234"), decimals ("7.0") and spaces inside are not."""
     text = text.strip().translate(_NORMALIZE)
     return int(text) if len(text) <= MAX_ANSWER_LENGTH and _INTEGER.fullmatch(text) else None
@@ -74,11 +75,10 @@ class Arithmetic:
 
     def train(self, index: int, seed: int) -> Problem:
         rng = random.Random(seed * 1_000_003 + index)
-        for _ in range(MAX_DRAWS):
+        while True:  # ends: the narrowest options give 45 problems, and 7 of 8 are not held out
             numbers, ops = self.draw(rng)
             if not is_held_out(problem_key(_chain(numbers, ops))):
                 return _problem(index, numbers, ops)
-        raise UserError(f"arithmetic: every problem of {self} is held out for testing; allow more digits or terms")
 
     def test(self, n: int | None = None) -> list[Problem]:
         return list(_test_problems(self, TEST_SIZE if n is None else n))
@@ -91,15 +91,7 @@ class Arithmetic:
             "Put your reasoning between <think> and </think>, and the resulting integer, without thousands separators, "
             "between <answer> and </answer>, for instance <answer>-42</answer>."
         )
-        if style == "chat":
-            return task
-        if style == "plain":
-            return (
-                "What follows is a dialogue between a User who poses a problem and an Assistant who solves it. "
-                "The Assistant works the problem out in its head before it tells the User the result.\n"
-                f"User: {task}\nAssistant: I will work through this one step at a time.\n<think>"
-            )
-        raise UserError(f"arithmetic: unknown prompt style {style!r}: {nearest(style, ('compact', 'plain', 'chat'))}")
+        return instruct(task, style)
 
     def grade(self, problem: Problem, response: str) -> Grade:
         answer = last_answer(response)
@@ -148,8 +140,6 @@ def _test_problems(task: Arithmetic, n: int) -> tuple[Problem, ...]:
         if key not in problems and is_held_out(key):
             problems[key] = _problem(len(problems), numbers, ops)
             misses = 0
-    if n and not problems:
-        raise UserError(f"arithmetic: no problem of {task} is held out for testing; allow more digits or terms")
     return tuple(problems.values())
 
 

@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from pymathrl.errors import UserError, nearest
+from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.expression import (
     MAX_LITERALS,
@@ -35,6 +35,7 @@ from pymathrl.tasks.expression import (
 from pymathrl.tasks.holdout import TEST_SEED, is_held_out, key_hash
 from pymathrl.tasks.jsonl import fail, read_objects
 from pymathrl.tasks.problem import Grade, Problem
+from pymathrl.tasks.prompt_style import instruct
 
 MAX_DRAWS = 100_000  # redraws before the generator gives up (about 1 s): ranges that cannot be met must not hang
 MAX_REPEATS = 1_000  # draws in a row that are in the test set already: the ranges hold no more problems
@@ -352,15 +353,7 @@ class Countdown:
             "Put your reasoning between <think> and </think>, and the finished expression between <answer> and "
             "</answer>, for instance <answer>(1 + 2) / 3</answer>."
         )
-        if style == "chat":
-            return task
-        if style == "plain":
-            return (
-                "What follows is a dialogue between a User who poses a problem and an Assistant who solves it. "
-                "The Assistant works the problem out in its head before it tells the User the result.\n"
-                f"User: {task}\nAssistant: I will work through this one step at a time.\n<think>"
-            )
-        raise UserError(f"countdown: unknown prompt style {style!r}: {nearest(style, ('compact', 'plain', 'chat'))}")
+        return instruct(task, style)
 
     def grade(self, problem: Problem, response: str) -> Grade:
         rover = self.compat == "rover"

@@ -1,0 +1,19 @@
+"""The instruction prompts shared by the tasks whose answer stands in an ``<answer>`` tag."""
+
+from pymathrl.errors import UserError, nearest
+
+STYLES = ("compact", "plain", "chat")
+
+
+def instruct(task: str, style: str) -> str:
+    """`task`: the user's message.  style "chat": the message itself.  "plain": a dialogue for a base model to continue,
+    which ends inside the assistant's turn after an opened ``<think>`` (the form used by TinyZero and ROVER)."""
+    if style == "chat":
+        return task
+    if style == "plain":
+        return (
+            "What follows is a dialogue between a User who poses a problem and an Assistant who solves it. "
+            "The Assistant works the problem out in its head before it tells the User the result.\n"
+            f"User: {task}\nAssistant: I will work through this one step at a time.\n<think>"
+        )
+    raise UserError(f"unknown prompt style {style!r}: {nearest(style, STYLES)}")
