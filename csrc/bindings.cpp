@@ -4,6 +4,7 @@
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "group_advantage.h"
+#include "policy_loss.h"
 
 namespace py = pybind11;
 using namespace pymathrl;
@@ -55,6 +56,83 @@ void group_advantage(const Tensor& reward, const Tensor& offsets, const Tensor* 
   group_advantage_cpu(p);
 }
 
+PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_high, float delta, float dual_clip,
+                                         bool ratio_weight, float weight_low, float weight_high, bool sequence_mean,
+                                         float rho, float beta, float q_low, float q_high, float lp_reg_coef, int kl,
+                                         float kl_coef, float entropy_coef, int tis, bool tis_mask, float tis_cap) {
+  PolicyLossConfig c{};
+  c.form = static_cast<Form>(form);
+  c.clip_low = clip_low;
+  c.clip_high = clip_high;
+  c.delta = delta;
+  c.dual_clip = dual_clip;
+  c.ratio_weight = ratio_weight;
+  c.weight_low = weight_low;
+  c.weight_high = weight_high;
+  c.sequence_mean = sequence_mean;
+  c.rho = rho;
+  c.beta = beta;
+  c.q_low = q_low;
+  c.q_high = q_high;
+  c.lp_reg_coef = lp_reg_coef;
+  c.kl = static_cast<Kl>(kl);
+  c.kl_coef = kl_coef;
+  c.entropy_coef = entropy_coef;
+  c.tis = static_cast<Level>(tis);
+  c.tis_mask = tis_mask;
+  c.tis_cap = tis_cap;
+  return c;
+}
+
+// The names of the statistics: sums, maxima, minima, in the order of `result` after the loss.
+py::tuple policy_loss_stats() {
+  py::list sums, maxima, minima;
+  for (int k = kLoss + 1; k < kTerms; ++k) (k < kSums ? sums : k < kMaxima ? maxima : minima).append(kTermNames[k]);
+  return py::make_tuple(py::tuple(sums), py::tuple(maxima), py::tuple(minima));
+}
+
+void policy_loss(const PolicyLossConfig& config, const Tensor& logp, const Tensor* old_logp, const Tensor& advantage,
+                 const Tensor& coef, const Tensor* mask, const Tensor* offsets, const Tensor* mean_logp,
+                 const Tensor* old_mean_logp, const Tensor* link, const Tensor* proxy_logp, const Tensor* selected,
+                 const Tensor* ref_logp, const Tensor* entropy, const Tensor* behaviour_logp, const Tensor& grad_logp,
+                 const Tensor* grad_entropy, const Tensor* sequence_work, const Tensor& result, uintptr_t stream) {
+  Args args("policy_loss", logp);
+  int64_t n = logp.size[0];
+  PolicyLossParams p{};
+  p.config = config;
+  p.n = n;
+  p.logp = args.dense<float>("logp", logp, {n});
+  p.old_logp = args.optional<float>("old_logp", old_logp, {n});
+  p.advantage = args.dense<float>("advantage", advantage, {n});
+  p.coef = args.dense<float>("coef", coef, {n});
+  p.mask = args.optional<uint8_t>("mask", mask, {n});
+  p.sequences = offsets ? offsets->size[0] - 1 : 0;
+  if (offsets && p.sequences < 0) fail("policy_loss: offsets must have S+1 elements, got 0");
+  p.offsets = args.optional<int64_t>("offsets", offsets, {p.sequences + 1});
+  p.mean_rows = mean_logp && mean_logp->size[0] == n + 1 ? n + 1 : n;
+  p.mean_logp = args.optional<float>("mean_logp", mean_logp, {p.mean_rows});
+  p.old_mean_logp = args.optional<float>("old_mean_logp", old_mean_logp, {p.mean_rows});
+  p.link = args.optional<uint8_t>("link", link, {n});
+  p.proxy_logp = args.optional<float>("proxy_logp", proxy_logp, {n});
+  p.selected = args.optional<uint8_t>("selected", selected, {n});
+  p.ref_logp = args.optional<float>("ref_logp", ref_logp, {n});
+  p.entropy = args.optional<float>("entropy", entropy, {n});
+  p.behaviour_logp = args.optional<float>("behaviour_logp", behaviour_logp, {n});
+  p.grad_logp = args.dense<float>("grad_logp", grad_logp, {n});
+  p.grad_entropy = args.optional<float>("grad_entropy", grad_entropy, {n});
+  p.sequence_work = args.optional<float>("sequence_work", sequence_work, {3, n});
+  // Row 0 is the result, the rest the partial sums of the blocks.
+  p.result = args.dense<float>("result", result, {1 + policy_loss_blocks(n, args.cuda()), kTerms});
+  p.partial = p.result + kTerms;
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return policy_loss_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  policy_loss_cpu(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -72,4 +150,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("group_advantage", &group_advantage, py::arg("reward"), py::arg("offsets"), py::arg("baseline"),
         py::arg("tokens"), py::arg("advantage"), py::arg("equal"), py::arg("centre"), py::arg("scale"), py::arg("eps"),
         py::arg("ddof"), py::arg("stream"));
+
+  py::class_<PolicyLossConfig>(m, "PolicyLossConfig", "The numbers of one loss; fields as in csrc/policy_loss.h.")
+      .def(py::init(&make_policy_loss_config), py::kw_only(), py::arg("form"), py::arg("clip_low"),
+           py::arg("clip_high"), py::arg("delta"), py::arg("dual_clip"), py::arg("ratio_weight"), py::arg("weight_low"),
+           py::arg("weight_high"), py::arg("sequence_mean"), py::arg("rho"), py::arg("beta"), py::arg("q_low"),
+           py::arg("q_high"), py::arg("lp_reg_coef"), py::arg("kl"), py::arg("kl_coef"), py::arg("entropy_coef"),
+           py::arg("tis"), py::arg("tis_mask"), py::arg("tis_cap"));
+  m.def("policy_loss_stats", &policy_loss_stats, "Names of the statistics: (sums, maxima, minima).");
+  m.def("policy_loss_blocks", &policy_loss_blocks, py::arg("n"), py::arg("cuda"));
+  m.def("policy_loss", &policy_loss, py::arg("config"), py::arg("logp"), py::arg("old_logp"), py::arg("advantage"),
+        py::arg("coef"), py::arg("mask"), py::arg("offsets"), py::arg("mean_logp"), py::arg("old_mean_logp"),
+        py::arg("link"), py::arg("proxy_logp"), py::arg("selected"), py::arg("ref_logp"), py::arg("entropy"),
+        py::arg("behaviour_logp"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("sequence_work"),
+        py::arg("result"), py::arg("stream"));
 }

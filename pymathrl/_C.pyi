@@ -12,3 +12,21 @@ def group_advantage(
     reward: Tensor, offsets: Tensor, baseline: Tensor | None, tokens: Tensor | None, advantage: Tensor, equal: Tensor,
     centre: int, scale: int, eps: float, ddof: int, stream: int,
 ) -> None: ...
+
+class PolicyLossConfig:
+    def __init__(
+        self, *, form: int, clip_low: float, clip_high: float, delta: float, dual_clip: float, ratio_weight: bool,
+        weight_low: float, weight_high: float, sequence_mean: bool, rho: float, beta: float, q_low: float,
+        q_high: float, lp_reg_coef: float, kl: int, kl_coef: float, entropy_coef: float, tis: int, tis_mask: bool,
+        tis_cap: float,
+    ) -> None: ...
+
+def policy_loss_stats() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]: ...
+def policy_loss_blocks(n: int, cuda: bool) -> int: ...
+def policy_loss(
+    config: PolicyLossConfig, logp: Tensor, old_logp: Tensor | None, advantage: Tensor, coef: Tensor,
+    mask: Tensor | None, offsets: Tensor | None, mean_logp: Tensor | None, old_mean_logp: Tensor | None,
+    link: Tensor | None, proxy_logp: Tensor | None, selected: Tensor | None, ref_logp: Tensor | None,
+    entropy: Tensor | None, behaviour_logp: Tensor | None, grad_logp: Tensor, grad_entropy: Tensor | None,
+    sequence_work: Tensor | None, result: Tensor, stream: int,
+) -> None: ...

@@ -1,0 +1,276 @@
+// policy_loss: sum_n c[n] l[n], its gradient G[n] = c[n] dl[n]/dlogp[n], and the counters, in one pass over N tokens.
+//   x = logp - old, r = e^x, A = advantage, c = aggregation coefficient (1/N, 1/(B L), ...); everything is minimised.
+//   clip      max(-A min(r, delta), -A clip(r, 1-low, 1+high)); A < 0: at most -A dual          (PPO, GRPO, DAPO)
+//   weighted  -w A logp, w = 1 or sg(clip(r, low, high))                                        (REINFORCE, CISPO)
+//   sequence  clip with s = exp(mean or sum of x over the sequence) in the place of r           (GSPO, RLOO)
+//   rover     (Q - sg(A + beta Q'))^2, Q = rho x, Q' = rho (mean_logp[n+1] - old_mean_logp[n+1]) (ROVER)
+//   lp_reg    clip; where selected and logp < proxy: -A r + coef k3(proxy - logp)               (Lp-Reg)
+//   then l *= tis weight (a constant); l += kl_coef KL(logp, ref); l -= entropy_coef H.
+// Bytes: 17 to 21 per token read, 4 written: N = 65536 is 0.4 us at 3.35 TB/s, so a GPU call is bound by its launch.
+#pragma once
+#include "common/hd.h"
+
+namespace pymathrl {
+
+enum class Form : int { clip = 0, weighted = 1, sequence = 2, rover = 3, lp_reg = 4 };
+enum class Kl : int { none = 0, k1 = 1, k2 = 2, k3 = 3, k1_straight = 4, k3_straight = 5 };
+enum class Level : int { none = 0, token = 1, sequence = 2, geometric = 3 };
+
+// The result of one call: the loss, then statistics over the active tokens. Sums add over chunks of a step; maxima and
+// minima combine by max and min. A quantity that the form does not have keeps the identity (0, -inf, +inf).
+enum Term : int {
+  kLoss, kTokens, kClipLow, kClipHigh, kDualClip, kTisClipped, kSelected, kRatio, kLogRatio, kLogRatioAbs, kOldK3, kKl,
+  kEntropy, kTisWeight, kTisWeightSquare, kQ, kNextQ, kTarget, kQAbove, kQBelow, kSums,
+  kRatioMax = kSums, kLogRatioAbsMax, kTisWeightMax, kQMax, kNextQMax, kTargetMax, kMaxima,
+  kQMin = kMaxima, kNextQMin, kTargetMin, kTerms
+};
+constexpr const char* kTermNames[kTerms] = {
+    "loss", "tokens", "clip_low", "clip_high", "dual_clip", "tis_clipped", "selected", "ratio", "log_ratio",
+    "log_ratio_abs", "old_k3", "kl", "entropy", "tis_weight", "tis_weight_square", "q", "next_q", "target", "q_above",
+    "q_below", "ratio_max", "log_ratio_abs_max", "tis_weight_max", "q_max", "next_q_max", "target_max", "q_min",
+    "next_q_min", "target_min"};
+
+struct PolicyLossConfig {
+  Form form;
+  float clip_low, clip_high;  // clip, sequence, lp_reg: the range is [1-low, 1+high]
+  float delta, dual_clip;     // clip, sequence: caps on the unclipped ratio and, for A < 0, on the loss / -A; inf = off
+  bool ratio_weight;          // weighted: w = clip(r, weight_low, weight_high) instead of 1
+  float weight_low, weight_high;
+  bool sequence_mean;         // sequence: mean of x over the sequence instead of the sum
+  float rho, beta;            // rover
+  float q_low, q_high;        // rover: Q past these bounds and moving further out is cut; -inf, inf = off
+  float lp_reg_coef;
+  Kl kl;
+  float kl_coef, entropy_coef;
+  Level tis;
+  bool tis_mask;              // a weight above the cap becomes 0 instead of the cap
+  float tis_cap;
+
+  HD bool sequence_pass() const {
+    return form == Form::sequence || tis == Level::sequence || tis == Level::geometric;
+  }
+};
+
+// N tokens, S sequences. Log-probs in nats. "null" = not given.
+struct PolicyLossParams {
+  const float* logp;            // [N] current policy
+  const float* old_logp;        // [N] constant, or null: old = logp, so r = 1
+  const float* advantage;       // [N] constant
+  const float* coef;            // [N] aggregation coefficient; 0 = the token is not active
+  const uint8_t* mask;          // [N] or null; 0 = not active
+  const int64_t* offsets;       // [S+1] or null: first token of each sequence, the last entry is N
+  const float* mean_logp;       // [N] or [N+1] or null (Q' = 0): mean over the vocabulary, current policy
+  const float* old_mean_logp;   // the same of the old policy
+  const uint8_t* link;          // [N] 1 = row n+1 scores the next token of the same sequence, and that one is sampled
+  const float* proxy_logp;      // [N] Lp-Reg
+  const uint8_t* selected;      // [N] Lp-Reg: candidates
+  const float* ref_logp;        // [N] or null
+  const float* entropy;         // [N] or null
+  const float* behaviour_logp;  // [N] or null: the sampler's log-prob
+  float* grad_logp;             // [N] out
+  float* grad_entropy;          // [N] out or null
+  float* result;                // [kTerms] out
+  float* partial;               // workspace [kTerms * policy_loss_blocks(N, device)]
+  float* sequence_work;         // workspace [3, N] where config.sequence_pass(), else null: log s, ds/s, log TIS weight
+  int64_t n, sequences, mean_rows;
+  PolicyLossConfig config;
+
+  bool extras() const { return config.kl != Kl::none || config.tis != Level::none || entropy; }
+};
+
+constexpr int64_t kCpuBlock = 1024, kCudaBlock = 512;  // tokens per partial sum; added up in block order
+
+inline int64_t policy_loss_blocks(int64_t n, bool cuda) {
+  int64_t block = cuda ? kCudaBlock : kCpuBlock;
+  return (n + block - 1) / block;
+}
+
+void policy_loss_cpu(const PolicyLossParams& p);
+void policy_loss_cuda(const PolicyLossParams& p, int device, void* stream);
+
+struct Token {
+  float logp, old_logp, advantage, coef;
+  float next_mean, next_old_mean;                 // rover: row n+1
+  float proxy_logp, ref_logp, entropy, behaviour_logp;
+  float sequence_x, sequence_gain, tis_x;         // from the sequence pass
+  bool active, link, selected;
+};
+
+struct TokenResult {
+  float grad_logp, grad_entropy;
+  float term[kTerms];
+};
+
+HD float term_identity(int k) { return k < kSums ? 0.0f : (k < kMaxima ? -kInf : kInf); }
+
+// What a form leaves at its identity need not be reduced.
+constexpr bool term_used(Form form, bool extras, int k) {
+  bool of_rover = (k >= kQ && k < kSums) || k == kQMax || k == kNextQMax || k == kTargetMax || k >= kQMin;
+  bool of_extras = k == kTisClipped || (k >= kKl && k <= kTisWeightSquare) || k == kTisWeightMax;
+  if (of_rover) return form == Form::rover;
+  if (of_extras) return extras;
+  if (k == kSelected) return form == Form::lp_reg;
+  if (k == kDualClip) return form == Form::clip || form == Form::sequence;
+  return true;
+}
+
+// e^d - 1 - d. Near 0 the difference would keep no digits (d = 1e-3: the result is 5e-7, its rounding error 6e-8).
+HD float exp_excess(float d) {
+  float p = 1.98412698e-4f;
+  p = p * d + 1.38888889e-3f;
+  p = p * d + 8.33333333e-3f;
+  p = p * d + 4.16666667e-2f;
+  p = p * d + 1.66666667e-1f;
+  p = p * d + 0.5f;
+  float far = (exp_f32(d) - 1.0f) - d;
+  return (d > -0.25f) & (d < 0.25f) ? p * d * d : far;
+}
+
+constexpr float kMaxLogRatio = 20.0f;          // e^20 = 4.9e8: beyond it a ratio carries no information
+constexpr float kMaxSequenceLogRatio = 10.0f;  // as in verl's GSPO
+constexpr float kMaxK3 = 10.0f;                // k3 stops here, and its gradient with it
+
+struct Excess {
+  float value, slope;  // k3 of d = other - logp, and dk3/dlogp = 1 - e^d
+};
+
+HD Excess bounded_k3(float d) {
+  float bounded = clamp_f32(d, -kMaxLogRatio, kMaxLogRatio), value = exp_excess(bounded);
+  bool flat = value > kMaxK3;
+  return {flat ? kMaxK3 : value, flat ? 0.0f : -(value + bounded)};
+}
+
+// Comparisons are written so that nan reaches loss and gradient: a nan input is found, not clipped away.
+template <Form F, bool kExtras>
+HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
+  float a = t.advantage, x = t.logp - t.old_logp;
+  float bounded = clamp_f32(x, -kMaxLogRatio, kMaxLogRatio);
+  bool flat = (x < -kMaxLogRatio) | (x > kMaxLogRatio);  // a clamped ratio is a constant
+  float r = exp_f32(bounded), loss, grad;
+  bool low = false, high = false, dual = false, selected = false;
+  float q = 0.0f, next_q = 0.0f, target = 0.0f;
+  if (F == Form::clip || F == Form::sequence || F == Form::lp_reg) {
+    float gain = 1.0f;
+    if (F == Form::sequence) {
+      flat = (t.sequence_x < -kMaxLogRatio) | (t.sequence_x > kMaxSequenceLogRatio);
+      r = exp_f32(clamp_f32(t.sequence_x, -kMaxLogRatio, kMaxSequenceLogRatio));
+      gain = t.sequence_gain;
+    }
+    float delta = F == Form::lp_reg ? kInf : c.delta;
+    float free_arm = -a * (r > delta ? delta : r);
+    float clip_arm = -a * clamp_f32(r, 1.0f - c.clip_low, 1.0f + c.clip_high);
+    loss = free_arm < clip_arm ? clip_arm : free_arm;
+    // Inside the range the arms are equal and the gradient passes, hence < and not <=.
+    grad = (free_arm < clip_arm) | (r >= delta) | flat ? 0.0f : -a * r * gain;
+    low = (a < 0.0f) & (r < 1.0f - c.clip_low);
+    high = (a > 0.0f) & (r > 1.0f + c.clip_high);
+    if (F == Form::lp_reg) {
+      selected = t.selected & !(t.logp >= t.proxy_logp);
+      Excess k3 = bounded_k3(t.proxy_logp - t.logp);
+      loss = selected ? -a * r + c.lp_reg_coef * k3.value : loss;
+      grad = selected ? (flat ? 0.0f : -a * r) + c.lp_reg_coef * k3.slope : grad;
+      low = low & !selected;
+      high = high & !selected;
+    } else {
+      dual = (a < 0.0f) & (loss > -a * c.dual_clip);
+      loss = dual ? -a * c.dual_clip : loss;
+      grad = dual ? 0.0f : grad;
+    }
+  } else if (F == Form::weighted) {
+    float w = c.ratio_weight ? clamp_f32(r, c.weight_low, c.weight_high) : 1.0f;
+    loss = -w * a * t.logp;
+    grad = -w * a;
+    low = c.ratio_weight & (r < c.weight_low);
+    high = c.ratio_weight & (r > c.weight_high);
+  } else {
+    q = c.rho * x;
+    next_q = t.link ? c.rho * (t.next_mean - t.next_old_mean) : 0.0f;
+    target = a + c.beta * next_q;
+    low = (target < q) & (q < c.q_low);
+    high = (target > q) & (q > c.q_high);
+    float residual = (low ? c.q_low : (high ? c.q_high : q)) - target;
+    loss = residual * residual;
+    grad = low | high ? 0.0f : 2.0f * c.rho * residual;
+  }
+
+  float kl = 0.0f, weight = 1.0f;
+  bool over = false;
+  if (kExtras) {
+    if (c.tis != Level::none) {
+      float w = c.tis == Level::token ? t.old_logp - t.behaviour_logp : t.tis_x;
+      w = exp_f32(clamp_f32(w, -kMaxLogRatio, kMaxLogRatio));
+      over = w > c.tis_cap;
+      weight = over ? (c.tis_mask ? 0.0f : c.tis_cap) : w;
+      loss *= weight;
+      grad *= weight;
+    }
+    if (c.kl != Kl::none) {
+      float d = t.logp - t.ref_logp;
+      Excess k3 = bounded_k3(-d);
+      bool is_k1 = (c.kl == Kl::k1) | (c.kl == Kl::k1_straight), is_k2 = c.kl == Kl::k2;
+      kl = is_k1 ? d : (is_k2 ? 0.5f * d * d : k3.value);
+      float slope = c.kl == Kl::k1 ? 1.0f : (c.kl == Kl::k3 ? k3.slope : d);  // straight-through: the slope of k2
+      loss += c.kl_coef * kl;
+      grad += c.kl_coef * slope;
+    }
+    loss -= c.entropy_coef * t.entropy;
+  }
+
+  TokenResult out;
+  out.grad_logp = t.active ? t.coef * grad : 0.0f;  // select, not multiply: 0 * nan is nan
+  out.grad_entropy = t.active ? -c.entropy_coef * t.coef : 0.0f;
+  float value[kTerms];
+  value[kLoss] = t.coef * loss;
+  value[kTokens] = 1.0f;
+  value[kClipLow] = low ? 1.0f : 0.0f;
+  value[kClipHigh] = high ? 1.0f : 0.0f;
+  value[kDualClip] = dual ? 1.0f : 0.0f;
+  value[kTisClipped] = over ? 1.0f : 0.0f;
+  value[kSelected] = selected ? 1.0f : 0.0f;
+  value[kRatio] = value[kRatioMax] = r;
+  value[kLogRatio] = x;
+  value[kLogRatioAbs] = value[kLogRatioAbsMax] = x < 0.0f ? -x : x;
+  value[kOldK3] = exp_excess(bounded);
+  value[kKl] = kl;
+  value[kEntropy] = t.entropy;
+  value[kTisWeight] = value[kTisWeightMax] = weight;
+  value[kTisWeightSquare] = weight * weight;
+  value[kQ] = value[kQMax] = value[kQMin] = q;
+  value[kNextQ] = value[kNextQMax] = value[kNextQMin] = next_q;
+  value[kTarget] = value[kTargetMax] = value[kTargetMin] = target;
+  value[kQAbove] = (a > 0.0f) & (q > a) ? 1.0f : 0.0f;
+  value[kQBelow] = (a < 0.0f) & (q < a) ? 1.0f : 0.0f;
+  for (int k = 0; k < kTerms; ++k) out.term[k] = t.active ? value[k] : term_identity(k);
+  return out;
+}
+
+HD float combine_terms(int k, float a, float b) {
+  if (k < kSums) return a + b;
+  if (k < kMaxima) return a > b ? a : b;
+  return a < b ? a : b;
+}
+
+HD bool token_active(const PolicyLossParams& p, int64_t n) { return (!p.mask || p.mask[n]) && p.coef[n] != 0.0f; }
+
+// Sums of one sequence, in double: a 20,000-token sequence sums log-ratios of 1e-3.
+struct SequenceSums {
+  double x = 0, tis = 0, tokens = 0;
+};
+
+HD void sequence_add(const PolicyLossParams& p, int64_t n, SequenceSums& s) {
+  if (!token_active(p, n)) return;
+  float old_logp = p.old_logp ? p.old_logp[n] : p.logp[n];
+  s.x += static_cast<double>(p.logp[n]) - old_logp;
+  if (p.behaviour_logp) s.tis += static_cast<double>(old_logp) - p.behaviour_logp[n];
+  s.tokens += 1;
+}
+
+// Writes the sequence's values to each of its tokens, where the token pass reads them.
+HD void sequence_write(const PolicyLossParams& p, int64_t n, const SequenceSums& s) {
+  double tokens = s.tokens > 0 ? s.tokens : 1.0;
+  p.sequence_work[n] = static_cast<float>(p.config.sequence_mean ? s.x / tokens : s.x);
+  p.sequence_work[p.n + n] = p.config.sequence_mean ? 1.0f : static_cast<float>(tokens);
+  p.sequence_work[2 * p.n + n] = static_cast<float>(p.config.tis == Level::geometric ? s.tis / tokens : s.tis);
+}
+
+}  // namespace pymathrl
