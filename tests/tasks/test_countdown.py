@@ -81,6 +81,16 @@ def keys(problems):
     return {problem_key(p.meta["nums"], p.meta["target"]) for p in problems}
 
 
+def test_test_set_is_fixed():
+    """Figures measured on it stay comparable."""
+    expected = ["21 31 11 -> 41", "18 1 58 17 -> 92", "20 68 5 -> 32", "19 38 49 31 -> 99"]
+    assert [p.question for p in countdown().test(4)] == expected
+
+
+def test_key_ignores_the_order_of_numbers():
+    assert problem_key([79, 17, 60], 36) == problem_key([17, 60, 79], 36) == "countdown:17,60,79->36"
+
+
 def test_train_and_test_never_overlap():
     task = countdown()
     test = task.test()

@@ -2,8 +2,9 @@ from pymathrl.tasks.holdout import HELD_OUT_SHARE, is_held_out, key_hash
 
 
 def test_share():
-    count = sum(is_held_out(f"key {i}") for i in range(8000))
-    assert abs(count / 8000 - HELD_OUT_SHARE) < 0.02  # 5 standard deviations
+    count = sum(is_held_out(f"key {i}") for i in range(40_000))
+    assert HELD_OUT_SHARE == 1 / 8
+    assert abs(count / 40_000 - HELD_OUT_SHARE) < 0.008  # 5 standard deviations
 
 
 def test_hash_is_fixed_for_ever():
