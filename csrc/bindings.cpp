@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 #include "group_advantage.h"
 #include "policy_loss.h"
+#include "token_logprob.h"
 
 namespace py = pybind11;
 using namespace pymathrl;
@@ -133,6 +134,73 @@ void policy_loss(const PolicyLossConfig& config, const Tensor& logp, const Tenso
   policy_loss_cpu(p);
 }
 
+DType logit_dtype(const char* op, const Tensor& logits) {
+  if (logits.dtype != DType::f32 && logits.dtype != DType::bf16 && logits.dtype != DType::f16)
+    fail(op, ": logits must be float32, bfloat16 or float16, got ", dtype_name(logits.dtype), "; convert them with .to()");
+  return logits.dtype;
+}
+
+void token_logprob(const Tensor& logits, const Tensor& ids, const Tensor& logp, const Tensor& entropy,
+                   const Tensor& mean_logp, const Tensor& top_prob, const Tensor& lse, const Tensor* proxy_logp,
+                   double temperature, double min_p, uintptr_t stream) {
+  Args args("token_logprob", logits);
+  TokenLogprobParams p{};
+  p.dtype = logit_dtype("token_logprob", logits);
+  p.row_stride = args.rows("logits", logits);
+  p.rows = logits.size[0];
+  p.width = logits.size[1];
+  p.logits = logits.data;
+  p.ids = args.dense<int64_t>("ids", ids, {p.rows});
+  p.logp = args.dense<float>("logp", logp, {p.rows});
+  p.entropy = args.dense<float>("entropy", entropy, {p.rows});
+  p.mean_logp = args.dense<float>("mean_logp", mean_logp, {p.rows});
+  p.top_prob = args.dense<float>("top_prob", top_prob, {p.rows});
+  p.lse = args.dense<double>("lse", lse, {p.rows});
+  p.proxy_logp = args.optional<float>("proxy_logp", proxy_logp, {p.rows});
+  p.temperature = temperature;
+  p.min_p = min_p;
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return token_logprob_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  token_logprob_cpu(p);
+}
+
+void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor* entropy,
+                            const Tensor* grad_logp, const Tensor* grad_entropy, const Tensor& dlogits,
+                            double temperature, uintptr_t stream) {
+  Args args("token_logprob_backward", logits);
+  TokenLogprobGradParams p{};
+  p.dtype = logit_dtype("token_logprob_backward", logits);
+  p.row_stride = args.rows("logits", logits);
+  p.rows = logits.size[0];
+  p.width = logits.size[1];
+  p.logits = logits.data;
+  p.ids = args.dense<int64_t>("ids", ids, {p.rows});
+  p.lse = args.dense<double>("lse", lse, {p.rows});
+  p.entropy = args.optional<float>("entropy", entropy, {p.rows});
+  p.grad_logp = args.optional<float>("grad_logp", grad_logp, {p.rows});
+  p.grad_entropy = args.optional<float>("grad_entropy", grad_entropy, {p.rows});
+  args.check_dtype("dlogits", dlogits, p.dtype);
+  p.grad_stride = args.rows("dlogits", dlogits);
+  if (dlogits.size[0] != p.rows || dlogits.size[1] != p.width)
+    fail("token_logprob_backward: dlogits must have shape ", shape_text(logits.size, 2), " like logits, got ",
+         shape_text(dlogits.size, 2));
+  p.dlogits = dlogits.data;
+  p.temperature = temperature;
+  if (p.grad_entropy && !p.entropy)
+    fail("token_logprob_backward: grad_entropy needs the forward's entropy [N], got None");
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return token_logprob_backward_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  token_logprob_backward_cpu(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -164,4 +232,11 @@ PYBIND11_MODULE(_C, m) {
         py::arg("link"), py::arg("proxy_logp"), py::arg("selected"), py::arg("ref_logp"), py::arg("entropy"),
         py::arg("behaviour_logp"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("sequence_work"),
         py::arg("result"), py::arg("stream"));
+
+  m.def("token_logprob", &token_logprob, py::arg("logits"), py::arg("ids"), py::arg("logp"), py::arg("entropy"),
+        py::arg("mean_logp"), py::arg("top_prob"), py::arg("lse"), py::arg("proxy_logp"), py::arg("temperature"),
+        py::arg("min_p"), py::arg("stream"));
+  m.def("token_logprob_backward", &token_logprob_backward, py::arg("logits"), py::arg("ids"), py::arg("lse"),
+        py::arg("entropy"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("dlogits"), py::arg("temperature"),
+        py::arg("stream"));
 }

@@ -30,3 +30,12 @@ def policy_loss(
     entropy: Tensor | None, behaviour_logp: Tensor | None, grad_logp: Tensor, grad_entropy: Tensor | None,
     sequence_work: Tensor | None, result: Tensor, stream: int,
 ) -> None: ...
+
+def token_logprob(
+    logits: Tensor, ids: Tensor, logp: Tensor, entropy: Tensor, mean_logp: Tensor, top_prob: Tensor, lse: Tensor,
+    proxy_logp: Tensor | None, temperature: float, min_p: float, stream: int,
+) -> None: ...
+def token_logprob_backward(
+    logits: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor | None, grad_logp: Tensor | None,
+    grad_entropy: Tensor | None, dlogits: Tensor, temperature: float, stream: int,
+) -> None: ...

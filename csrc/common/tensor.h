@@ -8,7 +8,7 @@
 
 namespace pymathrl {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i64 = 3, u8 = 4, i32 = 5, i8 = 6 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i64 = 3, u8 = 4, i32 = 5, i8 = 6, f64 = 7 };
 
 inline const char* dtype_name(DType dtype) {
   switch (dtype) {
@@ -19,6 +19,7 @@ inline const char* dtype_name(DType dtype) {
     case DType::u8: return "uint8 or bool";
     case DType::i32: return "int32";
     case DType::i8: return "int8";
+    case DType::f64: return "float64";
   }
   return "unknown";
 }
@@ -49,6 +50,7 @@ inline std::string shape_text(const int64_t* size, int ndim) {
 
 template <class T> struct dtype_of;
 template <> struct dtype_of<float> { static constexpr DType value = DType::f32; };
+template <> struct dtype_of<double> { static constexpr DType value = DType::f64; };
 template <> struct dtype_of<int64_t> { static constexpr DType value = DType::i64; };
 template <> struct dtype_of<uint8_t> { static constexpr DType value = DType::u8; };
 template <> struct dtype_of<int32_t> { static constexpr DType value = DType::i32; };

@@ -19,7 +19,7 @@ else:
 
 DTYPES = {
     torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3,
-    torch.uint8: 4, torch.bool: 4, torch.int32: 5, torch.int8: 6,
+    torch.uint8: 4, torch.bool: 4, torch.int32: 5, torch.int8: 6, torch.float64: 7,
 }  # fmt: skip  # the numbers of DType in csrc/common/tensor.h
 
 
