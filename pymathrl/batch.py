@@ -36,15 +36,23 @@ def _require(condition: bool, owner: str, name: str, expected: str, got: object)
         raise ValueError(f"{owner}.{name}: expected {expected}, got {got}")
 
 
+def _require_all(ok: Tensor, value: Tensor, owner: str, name: str, expected: str) -> None:
+    """Raises with the first element of `value` where `ok` is False."""
+    if not bool(ok.all()):
+        at = int((~ok).nonzero()[0, 0])
+        _require(False, owner, name, expected, f"{value[at].item()} at index {at}")
+
+
 @dataclass(frozen=True)
 class Rollout:
     """B sequences, T tokens in all.
 
     ids         int64 [T]    token ids of the policy's tokenizer
     role        int8  [T]    ROLE_PROMPT, ROLE_SAMPLED or ROLE_FORCED
-    logp        fp32  [T]    nats, log-probability under the sampling distribution (temperature, truncation); 0 where not sampled
-    mean_logp   fp32  [T]    nats, mean over the vocabulary of the log-probabilities at the sampling temperature; 0 where not sampled
-    entropy     fp32  [T]    nats, entropy of the distribution that the token was drawn from; 0 where not sampled
+    logp        fp32  [T]    nats, log-probability of the token under the distribution it was drawn from (temperature,
+                             truncation); like the next two 0 where the role is not sampled
+    mean_logp   fp32  [T]    nats, mean over the vocabulary of the log-probabilities at the sampling temperature
+    entropy     fp32  [T]    nats, entropy of the distribution that the token was drawn from
     offsets     int64 [B+1]  tokens; offsets[0] = 0, offsets[B] = T, strictly rising
     prompt_len  int64 [B]    tokens, 1 <= prompt_len[b] <= length of row b
     group       int64 [B]    group number; rows of one group are contiguous
@@ -99,7 +107,9 @@ class Rollout:
 
     def per_token(self, values: Tensor) -> Tensor:
         """values [B] -> [T]: each row's value at each of its tokens (prompt tokens too: mask with `sampled_mask`)."""
-        _require(values.shape == (self.rows,), "Rollout", "per_token(values)", f"shape [{self.rows}]", list(values.shape))
+        _require(
+            values.shape == (self.rows,), "Rollout", "per_token(values)", f"shape [{self.rows}]", list(values.shape)
+        )
         return torch.repeat_interleave(values, self.lengths)
 
     def response(self, row: int) -> Tensor:
@@ -139,22 +149,21 @@ class Rollout:
         _require(int(offsets[-1]) == tokens, "Rollout", "offsets", f"offsets[B] = T = {tokens}", int(offsets[-1]))
         if rows == 0:
             return
-        _require(bool((lengths > 0).all()), "Rollout", "offsets", "strictly rising values", lengths.min().item())
+        _require_all(lengths > 0, lengths, "Rollout", "offsets", "strictly rising values: row lengths >= 1")
         ok = (self.prompt_len >= 1) & (self.prompt_len <= lengths)
-        _require(bool(ok.all()), "Rollout", "prompt_len", "1 <= prompt_len <= row length", _first_bad(self.prompt_len, ok))
-        ok = (self.role >= 0) & (self.role < len(ROLE_NAMES))
-        _require(bool(ok.all()), "Rollout", "role", f"0..{len(ROLE_NAMES) - 1}", _first_bad(self.role, ok))
-        ok = (self.stop >= 0) & (self.stop < len(STOP_NAMES))
-        _require(bool(ok.all()), "Rollout", "stop", f"0..{len(STOP_NAMES) - 1}", _first_bad(self.stop, ok))
-        _require(bool((self.ids >= 0).all()), "Rollout", "ids", "ids >= 0", self.ids.min().item())
+        _require_all(ok, self.prompt_len, "Rollout", "prompt_len", "1 <= prompt_len <= row length")
+        for name, names in (("role", ROLE_NAMES), ("stop", STOP_NAMES)):
+            value = getattr(self, name)
+            _require_all((value >= 0) & (value < len(names)), value, "Rollout", name, f"0..{len(names) - 1}")
+        _require_all(self.ids >= 0, self.ids, "Rollout", "ids", "ids >= 0")
         position = torch.arange(tokens, device=self.device) - self.per_token(offsets[:-1])
         in_prompt = position < self.per_token(self.prompt_len)
-        ok = in_prompt == (self.role == ROLE_PROMPT)
-        _require(bool(ok.all()), "Rollout", "role", "ROLE_PROMPT on the first prompt_len tokens of a row only", _first_bad(self.role, ok))
+        expected = "ROLE_PROMPT on the first prompt_len tokens of a row and nowhere else"
+        _require_all(in_prompt == (self.role == ROLE_PROMPT), self.role, "Rollout", "role", expected)
         for name in ("logp", "mean_logp", "entropy"):
             value = getattr(self, name)
             ok = torch.isfinite(value) & (self.sampled_mask | (value == 0))
-            _require(bool(ok.all()), "Rollout", name, "finite values, 0 where not sampled", _first_bad(value, ok))
+            _require_all(ok, value, "Rollout", name, "finite values, 0 where not sampled")
         runs = 1 + int((self.group.diff() != 0).sum())
         distinct = self.group.unique().numel()
         _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
@@ -234,13 +243,13 @@ class Batch:
         rows, tokens = self.rollout.rows, self.rollout.tokens
         _check("Batch", "reward", self.reward, (rows,), torch.float32)
         _check("Batch", "correct", self.correct, (rows,), torch.bool)
-        _require(bool(torch.isfinite(self.reward).all()), "Batch", "reward", "finite values", "nan or inf")
+        _require_all(torch.isfinite(self.reward), self.reward, "Batch", "reward", "finite values")
         for name in ("advantage", "weight", "coef"):
             value = getattr(self, name)
             _check("Batch", name, value, (tokens,), torch.float32)
-            _require(bool(torch.isfinite(value).all()), "Batch", name, "finite values", "nan or inf")
+            _require_all(torch.isfinite(value), value, "Batch", name, "finite values")
         ok = self.rollout.sampled_mask | (self.weight == 0)
-        _require(bool(ok.all()), "Batch", "weight", "0 where not sampled", _first_bad(self.weight, ok))
+        _require_all(ok, self.weight, "Batch", "weight", "0 where not sampled")
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
@@ -254,8 +263,8 @@ class MicroBatch:
     """b rows, right-padded, as one forward pass of the update takes them; N = their sampled tokens.
 
     rows          int64 [b]    row numbers in the rollout, rising
-    ids           int64 [b,S]  right-padded with 0 (under a causal mask no real token sees the padding). The last token of
-                               a row scores nothing, so S is the longest row less one
+    ids           int64 [b,S]  right-padded with 0 (under a causal mask no real token sees the padding). The last token
+                               of a row scores nothing, so S is the longest row less one
     hidden_index  int64 [N]    index into hidden.view(b*S, D): the position before each sampled token, which scores it
     token_index   int64 [N]    index of each sampled token in the rollout's packed arrays, rising
     targets       int64 [N]    the sampled tokens: rollout.ids[token_index]
@@ -271,7 +280,7 @@ class MicroBatch:
 
 
 def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: int) -> Iterator[MicroBatch]:
-    """Splits rows of a rollout into right-padded micro-batches of at most `token_budget` padded tokens (one row at least).
+    """Splits rows of a rollout into right-padded micro-batches of at most `token_budget` padded tokens, or one row.
 
     Rows of like length go together, longest first, so that padding is small and the first micro-batch needs the most
     memory. Deterministic in its arguments. Rows without a sampled token are left out.
@@ -329,8 +338,3 @@ def _gather_index(offsets: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     total = int(new[-1])
     index = torch.arange(total, device=offsets.device) + torch.repeat_interleave(offsets[:-1][rows] - new[:-1], lengths)
     return index, new
-
-
-def _first_bad(value: Tensor, ok: Tensor) -> str:
-    at = int((~ok).nonzero()[0, 0])
-    return f"{value[at].item()} at index {at}"

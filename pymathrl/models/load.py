@@ -1,7 +1,7 @@
-"""Checkpoints in and out, in the Hugging Face layout: config.json, generation_config.json, model.safetensors (or shards with
-model.safetensors.index.json), tokenizer.json, tokenizer_config.json, chat_template.jinja.
+"""Checkpoints in and out, in the Hugging Face layout: config.json, generation_config.json, model.safetensors (or shards
+with model.safetensors.index.json), tokenizer.json, tokenizer_config.json, chat_template.jinja.
 
-What `save` writes loads in transformers and vLLM as it is. Every fault of a folder is one UserError that names the file.
+What `save` writes loads in transformers as it is. Every fault of a folder is one UserError that names the file.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ class Policy:
 def new_policy(config: ModelConfig, tokenizer: Tokenizer, prompt_style: str = "compact", seed: int = 0) -> Policy:
     """A policy with random weights, fp32 on the CPU, ending at the tokenizer's end token."""
     if len(tokenizer) > config.vocab_size:
-        raise ValueError(f"new_policy: vocab_size must be >= the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}")
+        raise ValueError(
+            f"new_policy: vocab_size must be >= the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}"
+        )
     config = replace(config, eos_ids=(tokenizer.eos_id,), pad_id=tokenizer.pad_id)
     return Policy(Decoder(config, seed=seed), tokenizer, config, config.eos_ids, prompt_style)
 
@@ -77,15 +79,19 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     tokenizer = _load_tokenizer(folder, config, generation)
     if len(tokenizer) > config.vocab_size and max(tokenizer.backend.get_vocab().values()) >= config.vocab_size:
         raise UserError(
-            f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens do not fit the model's vocab_size of {config.vocab_size}; "
-            "the tokenizer belongs to another model"
+            f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens do not fit the model's vocab_size of "
+            f"{config.vocab_size}; the tokenizer belongs to another model"
         )
-    eos = _ids(generation.get("eos_token_id"), folder / "generation_config.json") or config.eos_ids or (tokenizer.eos_id,)
+    eos = (
+        _ids(generation.get("eos_token_id"), folder / "generation_config.json") or config.eos_ids or (tokenizer.eos_id,)
+    )
     if not all(0 <= i < config.vocab_size for i in eos):
         raise UserError(f"{folder}: eos_token_id must lie in 0..{config.vocab_size - 1}, got {list(eos)}")
     style = tokenizer.config.get("prompt_style", "chat" if tokenizer.has_chat else "plain")
     if style not in STYLES:
-        raise UserError(f"{folder / 'tokenizer_config.json'}: prompt_style must be one of {', '.join(STYLES)}, got {style!r}")
+        raise UserError(
+            f"{folder / 'tokenizer_config.json'}: prompt_style must be one of {', '.join(STYLES)}, got {style!r}"
+        )
     model = Decoder(config, seed=None, device=device, dtype=dtype)
     _load_weights(model, folder)
     return Policy(model, tokenizer, config, tuple(eos), style, str(path), generation)
@@ -124,7 +130,9 @@ def _resolve(path: str) -> Path:
             raise UserError(f"model {path!r}: no such built-in model; {nearest(path, BUILTIN)}")
         folder = Path(__file__).parent.parent / "assets" / BUILTIN[path]
         if not (folder / "config.json").is_file():
-            raise UserError(f"model {path!r}: its files are not in {folder}; reinstall the package, or make them with scripts/")
+            raise UserError(
+                f"model {path!r}: its files are not in {folder}; reinstall the package, or make them with scripts/"
+            )
         return folder
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -132,7 +140,9 @@ def _resolve(path: str) -> Path:
     if folder.is_file():
         raise UserError(f"model {path!r}: expected a folder with config.json and model.safetensors, got a file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", path) or path.startswith("."):
-        raise UserError(f"model {path!r}: no such folder; give a model folder, a hub name (org/name), or {', '.join(BUILTIN)}")
+        raise UserError(
+            f"model {path!r}: no such folder; give a model folder, a hub name (org/name), or {', '.join(BUILTIN)}"
+        )
     try:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as error:  # what the hub client raises: no network, no such name, not allowed
@@ -170,20 +180,22 @@ def _load_weights(model: Decoder, folder: Path) -> None:
         names = _load_file(model, file, specs)
         missing = sorted(promised - names)
         if missing:
-            raise UserError(f"{file}: tensor {missing[0]} is missing although {INDEX} lists it here; download the shard again")
+            raise UserError(
+                f"{file}: tensor {missing[0]} is missing although {INDEX} lists it here; download the shard again"
+            )
         seen |= names
     absent = [name for name in specs if name not in seen]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         expected = list(specs[absent[0]].shape)
         raise UserError(
-            f"{folder}: tensor {absent[0]} of shape {expected}{more} expected by config.json, got no such tensor in the weight "
-            "files; the weights belong to another config"
+            f"{folder}: tensor {absent[0]} of shape {expected}{more} expected by config.json, got no such tensor in "
+            "the weight files; the weights belong to another config"
         )
 
 
 def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
-    """(file, names of the tensors that the index promises in it); the single file wins over an index, as in transformers."""
+    """(file, names of the tensors that the index promises in it); a single file wins over an index."""
     if (folder / WEIGHTS).is_file():
         return [(folder / WEIGHTS, set())]
     if not (folder / INDEX).is_file():
@@ -220,8 +232,8 @@ def _load_file(model: Decoder, file: Path, specs: dict[str, TensorSpec]) -> set[
                 view = source.get_slice(name)
                 if tuple(view.get_shape()) != spec.shape:
                     raise UserError(
-                        f"{file}: tensor {name}: expected shape {list(spec.shape)} from config.json, got {list(view.get_shape())}; "
-                        "config.json and the weights are of different models"
+                        f"{file}: tensor {name}: expected shape {list(spec.shape)} from config.json, got "
+                        f"{list(view.get_shape())}; config.json and the weights are of different models"
                     )
                 if view.get_dtype() not in STORED:
                     raise UserError(

@@ -41,8 +41,8 @@ class Tokenizer:
         pad_id: int | None = None,
         where: str = "tokenizer.json",
     ) -> None:
-        """backend_json, config, template: the text of tokenizer.json, the object of tokenizer_config.json and the text of
-        chat_template.jinja. eos_id, pad_id: ids that the model's own files name; the tokenizer's names come first."""
+        """backend_json, config, template: the text of tokenizer.json, the object of tokenizer_config.json and the text
+        of chat_template.jinja. eos_id, pad_id: ids that the model's own files name; the tokenizer's come first."""
         try:
             self.backend = Backend.from_str(backend_json)
         except Exception as error:  # the package raises bare Exception
@@ -57,7 +57,9 @@ class Tokenizer:
         named_eos, named_pad = self._named_id("eos_token"), self._named_id("pad_token")
         eos = named_eos if named_eos is not None else eos_id
         if eos is None:
-            raise UserError(f"{where}: no end token; name it as eos_token in tokenizer_config.json or eos_token_id in config.json")
+            raise UserError(
+                f"{where}: no end token; name it as eos_token in tokenizer_config.json or eos_token_id in config.json"
+            )
         self.eos_id = eos
         self.pad_id = next(i for i in (named_pad, pad_id, eos) if i is not None)
         self._template = template if template is not None else self._config_template()
@@ -67,13 +69,14 @@ class Tokenizer:
         return self.backend.get_vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of the text, without special tokens put around it. UserError for text that the vocabulary cannot spell."""
+        """Ids of the text, without special tokens around it. UserError for text that the vocabulary cannot spell."""
         try:
             return self.backend.encode(text, add_special_tokens=False).ids
         except Exception as error:  # the package raises bare Exception
             unknown = sorted({ch for ch in text if self.backend.token_to_id(ch) is None})
             raise UserError(
-                f"the tokenizer cannot encode {_shorten(text)!r}: its vocabulary lacks {unknown or 'a piece of it'} ({error})"
+                f"the tokenizer cannot encode {_shorten(text)!r}: its vocabulary lacks {unknown or 'a piece of it'} "
+                f"({error})"
             ) from error
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -102,7 +105,9 @@ class Tokenizer:
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        special = {key: _token_text(self.config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")}
+        special = {
+            key: _token_text(self.config.get(key)) or "" for key in ("bos_token", "eos_token", "pad_token", "unk_token")
+        }
         values = {"tools": None, **special, **variables, "messages": list(messages), "add_generation_prompt": True}
         try:
             return environment.from_string(self._template).render(values)
@@ -135,7 +140,9 @@ class Tokenizer:
         if isinstance(template, list):  # several named templates: the one called default
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         if template is not None and not isinstance(template, str):
-            raise UserError(f"{self.where}: chat_template of tokenizer_config.json must be text, got {type(template).__name__}")
+            raise UserError(
+                f"{self.where}: chat_template of tokenizer_config.json must be text, got {type(template).__name__}"
+            )
         return template
 
 
@@ -155,7 +162,7 @@ def _shorten(text: str) -> str:
 
 
 def char_tokenizer(chars: str = CHARS, tags: Sequence[str] = TAGS) -> Tokenizer:
-    """One token per character and per tag: <pad> = 0, <eos> = 1, then the tags, then the characters, in the order given.
+    """One token per character and per tag: <pad> = 0, <eos> = 1, then the tags, then the characters, in that order.
 
     Encoding then decoding gives the text back. Text with any other character is refused, not replaced.
     """
