@@ -1,0 +1,59 @@
+"""Where a run computes: the device that a name means, its threads and its memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from pymathrl.errors import UserError
+
+
+def resolve(name: str) -> torch.device:
+    """auto (a GPU where torch and the extension can use one, else the CPU), cpu, cuda, or cuda:N."""
+    from pymathrl.ops._call import _C
+
+    if name == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() and _C.has_cuda else torch.device("cpu")
+    if name == "cpu":
+        return torch.device("cpu")
+    if "," in name:
+        raise UserError(
+            f"--device: expected one device (auto, cpu, cuda or cuda:N), got {name!r}; a run uses one device"
+        )
+    kind, _, index = name.partition(":")
+    if kind != "cuda" or (index and not index.isdigit()) or name.endswith(":"):
+        raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if not torch.cuda.is_available():
+        raise UserError(f"--device {name}: torch {torch.__version__} sees no NVIDIA GPU here; use --device cpu")
+    if not _C.has_cuda:
+        raise UserError(
+            f"--device {name}: pymathrl was built without CUDA; install nvcc and reinstall, or use --device cpu"
+        )
+    if int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+    return torch.device("cuda", int(index or 0))
+
+
+def set_threads(count: int) -> int:
+    """Fixes the number of CPU threads (0 = the cores this process may use) and returns it."""
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(min(count, cores) if count else cores)
+    return torch.get_num_threads()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a run can still take on `device`."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was queued, so that a stage's time is its own."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

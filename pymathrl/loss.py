@@ -1,0 +1,230 @@
+"""Stage 5, loss: hidden states and head weight in, loss and both gradients out, never holding all logits.
+
+A micro-batch of N sampled tokens is cut into chunks of rows. Per chunk: one GEMM into a reused workspace [rows, V], one
+fused pass for log-prob, entropy and mean log-prob, the token loss with its gradient, the gradient of the logits written
+over the logits, and two GEMMs for the gradients of the hidden states and of the head. The peak is one chunk of logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pymathrl.algos import LossSpec
+from pymathrl.batch import ROLE_SAMPLED, Batch, micro_batches
+from pymathrl.models import Decoder
+from pymathrl.ops.aggregation import aggregation_coef
+from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
+from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
+
+WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
+ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMM
+
+
+@dataclass(frozen=True)
+class TokenTerms:
+    """What the loss of N sampled tokens is made of, rows of a sequence in order; constants, no gradient flows into them.
+
+    old_logp, advantage, coef  fp32 [N]   coef: share of the token in the loss (normaliser and weights)
+    old_mean_logp              fp32 [N]   form "rover": the sampler's mean log-prob
+    link                       uint8 [N]  form "rover": 1 where row n+1 is the next token of the same sequence
+    offsets                    int64 [S+1] form "sequence": rows of each sequence
+    """
+
+    old_logp: Tensor
+    advantage: Tensor
+    coef: Tensor
+    old_mean_logp: Tensor | None = None
+    link: Tensor | None = None
+    offsets: Tensor | None = None
+
+    def rows(self, begin: int, end: int) -> TokenTerms:
+        """Rows begin..end; old_mean_logp reaches one row further, where there is one."""
+        return replace(
+            self,
+            old_logp=self.old_logp[begin:end],
+            advantage=self.advantage[begin:end],
+            coef=self.coef[begin:end],
+            old_mean_logp=None if self.old_mean_logp is None else self.old_mean_logp[begin : end + 1],
+            link=None if self.link is None else self.link[begin:end],
+        )
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """loss: fp32 scalar, differentiable in hidden and weight. logp, entropy, mean_logp: fp32 [N], of the current policy.
+    stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
+
+    loss: Tensor
+    logp: Tensor
+    entropy: Tensor
+    mean_logp: Tensor
+    stats: Tensor
+
+
+def fused_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    terms: TokenTerms,
+    spec: LossSpec,
+    *,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+) -> HeadLoss:
+    """The policy loss of N tokens from their hidden states [N,D] and the head [V,D]; targets int64 [N].
+
+    Both gradients are computed here, in the forward pass, and only scaled in the backward. `chunk_rows` (default: what
+    fits the workspace) changes memory and speed, not the result beyond fp32 rounding of the head's gradient.
+    Chunks go from the last row to the first, so that ROVER's target, which looks one token ahead, finds it computed.
+    A sequence-level form needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
+    """
+    rows = _chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
+    record: dict[str, Any] = {}
+    loss = _FusedHead.apply(hidden, weight, targets, terms, spec, temperature, max(1, rows), record)
+    return HeadLoss(loss, record["logp"], record["entropy"], record["mean_logp"], record["stats"])
+
+
+def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    rows = WORKSPACE_BYTES[hidden.device.type] // (4 * weight.shape[0])
+    return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
+
+
+class _FusedHead(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, terms: TokenTerms, spec: LossSpec,
+        temperature: float, chunk_rows: int, record: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        n, vocab = hidden.shape[0], weight.shape[0]
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        logp, entropy, mean_logp = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
+        workspace = torch.empty(min(n, chunk_rows), vocab, dtype=torch.float32, device=hidden.device)
+        starts = list(range(0, n, chunk_rows))[::-1]
+
+        def scores(begin: int, end: int) -> tuple[Tensor, Tensor]:
+            logits = _gemm(hidden[begin:end], weight, workspace[: end - begin])
+            row = token_logprob(logits, targets[begin:end], temperature=temperature)
+            logp[begin:end], entropy[begin:end], mean_logp[begin:end] = row.logp, row.entropy, row.mean_logp
+            return logits, row.lse
+
+        def token_loss(begin: int, end: int) -> PolicyLoss:
+            part, extra = terms.rows(begin, end), dict(spec.terms)
+            if spec.form == "rover":
+                extra |= dict(mean_logp=mean_logp[begin : end + 1], old_mean_logp=part.old_mean_logp, link=part.link)
+            elif spec.form == "sequence":
+                extra |= dict(offsets=terms.offsets)
+            if extra.get("entropy_coef"):
+                extra |= dict(entropy=entropy[begin:end])
+            return policy_loss(logp[begin:end], part.old_logp, part.advantage, part.coef, form=spec.form, **extra)
+
+        whole = None
+        if spec.form == "sequence" and len(starts) > 1:
+            for begin in starts:
+                scores(begin, min(n, begin + chunk_rows))
+            whole = token_loss(0, n)
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device) if whole is None else whole.loss
+        stats = [] if whole is None else [whole.stats]
+        for begin in starts:
+            end = min(n, begin + chunk_rows)
+            logits, lse = scores(begin, end)
+            if whole is None:
+                out = token_loss(begin, end)
+                loss, grad_logp, grad_entropy = loss + out.loss, out.grad_logp, out.grad_entropy
+                stats.append(out.stats)
+            else:
+                grad_logp = whole.grad_logp[begin:end]
+                grad_entropy = None if whole.grad_entropy is None else whole.grad_entropy[begin:end]
+            token_logprob_backward_(
+                logits, targets[begin:end], lse, entropy[begin:end], grad_logp, grad_entropy, temperature
+            )
+            dlogits = logits.to(weight.dtype)
+            torch.mm(dlogits, weight, out=grad_hidden[begin:end])
+            grad_weight.addmm_(dlogits.t(), hidden[begin:end])
+        record.update(logp=logp, entropy=entropy, mean_logp=mean_logp, stats=merge_stats(stats))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_loss.to(grad_hidden.dtype)
+        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None, None
+
+
+def _gemm(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """hidden [n,D] x weight [V,D] -> fp32 logits [n,V] in `out`, accumulated in fp32."""
+    if hidden.dtype == torch.float32:
+        return torch.mm(hidden, weight.t(), out=out)
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
+    return torch.mm(hidden.float(), weight.float().t(), out=out)
+
+
+@dataclass
+class LossReport:
+    """One optimizer step's loss, before the step. Sums over all its micro-batches."""
+
+    loss: Tensor  # fp32 scalar on the device, detached
+    stats: list[Tensor]  # fp32 [K] of each micro-batch, see `pymathrl.ops.policy_loss.STATS`
+    entropy_sum: Tensor  # fp32 scalar: sum of the entropies of the trained tokens
+    tokens: int  # N, trained tokens
+    rows: int  # B, responses
+    idle_rows: int  # of these, left out because their gradient is exactly zero
+
+
+def minibatch_loss(
+    model: Decoder,
+    batch: Batch,
+    rows: Sequence[int] | Tensor,
+    spec: LossSpec,
+    *,
+    temperature: float,
+    token_budget: int,
+    max_new_tokens: int,
+) -> LossReport:
+    """Accumulates into the gradients of `model` the loss of these rows of the batch: one optimizer step.
+
+    The normalisers (N tokens, B responses) are those of all the rows, whatever the cut into micro-batches.
+    """
+    mini = batch.select(rows)
+    rollout = mini.rollout
+    mask = rollout.sampled_mask
+    tokens = int(mask.sum())
+    weight = aggregation_coef(
+        spec.aggregation, mask, rollout.offsets, tokens=tokens, sequences=rollout.rows, max_length=max_new_tokens
+    )
+    mini = replace(mini, weight=weight)
+    live = torch.arange(rollout.rows, device=rollout.device)
+    if spec.idle_when_zero:
+        # Exactly equal rewards give advantages of exactly 0, and in this form their gradient is exactly 0 too. Their
+        # tokens stay in the normalisers above.
+        active = torch.zeros(rollout.rows, dtype=torch.bool, device=rollout.device)
+        active[rollout.row_of_token[mini.advantage != 0]] = True
+        live = live[active]
+    # A link leads to the next token where that is sampled in the same row: ROVER's Q' looks across it.
+    link = torch.zeros_like(rollout.role, dtype=torch.uint8)
+    same_row = rollout.row_of_token[1:] == rollout.row_of_token[:-1]
+    link[:-1] = same_row & (rollout.role[1:] == ROLE_SAMPLED)
+
+    report = LossReport(
+        loss=torch.zeros((), device=rollout.device), stats=[], entropy_sum=torch.zeros((), device=rollout.device),
+        tokens=tokens, rows=rollout.rows, idle_rows=rollout.rows - live.numel(),
+    )  # fmt: skip
+    for micro in micro_batches(rollout, live, token_budget):
+        at = micro.token_index
+        hidden = model.hidden(micro.ids).flatten(0, 1)[micro.hidden_index]
+        terms = TokenTerms(
+            old_logp=rollout.logp[at], advantage=mini.advantage[at], coef=mini.weight[at] * mini.coef[at],
+            old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets,
+        )  # fmt: skip
+        out = fused_policy_loss(hidden, model.head_weight, micro.targets, terms, spec, temperature=temperature)
+        out.loss.backward()
+        report.loss += out.loss.detach()
+        report.entropy_sum += out.entropy.sum()
+        report.stats.append(out.stats)
+    return report

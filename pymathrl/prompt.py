@@ -1,0 +1,49 @@
+"""Stage 1, prompt: the next problems of the stream, as token ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pymathrl.errors import UserError
+from pymathrl.models import Policy
+from pymathrl.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """problems [P] and their token ids [P]; `cursor` is where the next draw begins, `too_long` how many were passed over."""
+
+    problems: list[Problem]
+    ids: list[list[int]]
+    cursor: int
+    too_long: int = 0
+
+
+def encode(policy: Policy, task: Task, problem: Problem) -> list[int]:
+    """The prompt of one problem in the policy's style; under "chat" its template is put around the user's message."""
+    text = task.prompt(problem, policy.prompt_style)
+    if policy.prompt_style == "chat":
+        text = policy.tokenizer.chat([{"role": "user", "content": text}])
+    return policy.tokenizer.encode(text)
+
+
+def draw(policy: Policy, task: Task, *, cursor: int, count: int, seed: int, max_tokens: int) -> Prompts:
+    """The next `count` problems whose prompt has at most `max_tokens` tokens. A pure function of its arguments."""
+    problems: list[Problem] = []
+    ids: list[list[int]] = []
+    too_long = 0
+    while len(problems) < count:
+        problem = task.train(cursor, seed)
+        prompt = encode(policy, task, problem)
+        cursor += 1
+        if len(prompt) > max_tokens:
+            too_long += 1
+            if too_long >= 1000 + 10 * count:
+                raise UserError(
+                    f"--max-prompt-tokens: {too_long} prompts of the task {task.name} in a row exceed {max_tokens} tokens "
+                    f"(the last has {len(prompt)}); raise it"
+                )
+            continue
+        problems.append(problem)
+        ids.append(prompt)
+    return Prompts(problems, ids, cursor, too_long)

@@ -1,0 +1,41 @@
+"""Stage 3, verify: the text of each response, graded by the task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pymathrl.batch import Rollout
+from pymathrl.models import Tokenizer
+from pymathrl.tasks import Grade, Problem, Task
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """reward fp32 [B], correct bool [B], and for each row its grade and the graded text."""
+
+    reward: Tensor
+    correct: Tensor
+    grades: list[Grade]
+    texts: list[str]
+
+
+def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer: Tokenizer) -> Verdicts:
+    """Grades every row; `problems` [P] in group order. Equal responses to one problem are graded once."""
+    ids, offsets = rollout.ids.tolist(), rollout.offsets.tolist()
+    prompt_len, groups = rollout.prompt_len.tolist(), rollout.group.tolist()
+    seen: dict[tuple[int, str], Grade] = {}
+    grades, texts = [], []
+    for row, group in enumerate(groups):
+        text = tokenizer.decode(ids[offsets[row] + prompt_len[row] : offsets[row + 1]])
+        key = (group, text)
+        if key not in seen:
+            seen[key] = task.grade(problems[group], text)
+        grades.append(seen[key])
+        texts.append(text)
+    reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
+    correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
+    return Verdicts(reward, correct, grades, texts)

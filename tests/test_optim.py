@@ -1,0 +1,90 @@
+"""Optimizer: torch's AdamW with our schedule and clipping; a step with a nan changes nothing."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from pymathrl.config import TrainConfig
+from pymathrl.optim import Optimizer
+from tests.tiny import tiny_policy
+
+
+def filled(model, value=None, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator) if value is None else torch.full_like(p, value)
+
+
+def test_equals_torch_adamw_with_decay_on_matrices_only():
+    config = dataclasses.replace(TrainConfig(), lr=1e-3, weight_decay=0.1, max_grad_norm=0.0)
+    ours, theirs = tiny_policy().model, tiny_policy().model
+    optimizer = Optimizer(ours, config, 10)
+    groups = [
+        {"params": [p for p in theirs.parameters() if p.ndim >= 2], "weight_decay": 0.1},
+        {"params": [p for p in theirs.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    reference = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, foreach=False)
+    for seed in range(3):
+        filled(ours, seed=seed)
+        filled(theirs, seed=seed)
+        optimizer.step()
+        reference.step()
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
+    config = dataclasses.replace(TrainConfig(), lr=1.0, max_grad_norm=0.5)
+    model = tiny_policy().model
+    optimizer = Optimizer(model, config, 10)
+    filled(model)
+    norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    seen = []
+    optimizer.adamw.step = lambda: seen.append(
+        math.sqrt(sum(float(p.grad.double().square().sum()) for p in model.parameters()))
+    )
+    report = optimizer.step()
+    assert report.grad_norm == pytest.approx(norm, rel=1e-5)
+    assert seen == [pytest.approx(0.5, rel=1e-5)]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_step_that_is_not_finite_changes_nothing(bad):
+    model = tiny_policy().model
+    optimizer = Optimizer(model, TrainConfig(), 10)
+    filled(model)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    moments = [v["exp_avg"].clone() for v in optimizer.adamw.state.values()]
+    filled(model)
+    next(model.parameters()).grad[0, 0] = bad
+    assert not optimizer.step().applied
+    filled(model)
+    assert not optimizer.step(finite_loss=False).applied
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, v["exp_avg"]) for a, v in zip(moments, optimizer.adamw.state.values(), strict=True)
+    )
+    assert all(p.grad is None for p in model.parameters()), "the bad gradient must not reach the next step"
+    filled(model)
+    assert optimizer.step().applied
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5]),
+        ("cosine", [0.5, 1.0, 1.0, 0.5 * (1 + math.cos(math.pi / 4)), 0.5]),
+    ],
+)
+def test_schedule_by_hand(schedule, expected):
+    config = dataclasses.replace(TrainConfig(), lr=1.0, lr_schedule=schedule, warmup_steps=2)
+    optimizer = Optimizer(tiny_policy().model, config, total_updates=6)
+    rates = []
+    for _ in range(5):
+        rates.append(optimizer.learning_rate())
+        optimizer.updates += 1
+    assert rates == pytest.approx(expected)
