@@ -1,5 +1,6 @@
 #include "policy_loss.h"
 
+#include <cstring>
 #include <utility>
 
 #include "common/parallel.h"
@@ -8,63 +9,54 @@
 namespace pymathrl {
 namespace {
 
-// An input that was not given reads as zeros (or ones), so that the loop below has no branch per input.
-struct Constants {
-  float zero[kCpuBlock] = {};
-  uint8_t none[kCpuBlock] = {};
-  uint8_t all[kCpuBlock];
-  Constants() {
-    for (uint8_t& one : all) one = 1;
-  }
-};
-const Constants kConstant;
+// Inputs of a block, from its first token. One that was not given reads as zeros, so that the loop has no branch per
+// input. Truth values come as Mask: a byte in the loop would make gcc count in vectors of bytes.
+enum Input { kLogp, kOldLogp, kAdvantage, kCoef, kNextMean, kNextOldMean, kProxy, kRef, kEntropyIn, kBehaviour,
+             kSequenceX, kSequenceGain, kTisX, kInputs };
+enum Flag { kActive, kLink, kCandidate, kFlags };
 
-// One block of tokens, from element 0.
 struct Block {
-  const float *logp, *old_logp, *advantage, *coef, *next_mean, *next_old_mean, *proxy_logp, *ref_logp, *entropy,
-      *behaviour_logp, *sequence_x, *sequence_gain, *tis_x;
-  const uint8_t *mask, *link, *selected;
+  const float* in[kInputs];
+  const Mask* flag[kFlags];
   float *grad_logp, *grad_entropy;
 };
 
-using Lanes = float[kTerms][kLanes];
+const float kZeros[kCpuBlock] = {};
+const Mask kNone[kCpuBlock] = {};
 
-template <Form F, bool kExtras, int K>
-HD void add_term(Lanes& lanes, int lane, const TokenResult& r) {
-  if constexpr (term_used(F, kExtras, K)) lanes[K][lane] = combine_terms(K, lanes[K][lane], r.term[K]);
-}
+using Lanes = float[kTerms][kLanes];
 
 template <Form F, bool kExtras, int... K>
 HD void add_terms(Lanes& lanes, int lane, const TokenResult& r, std::integer_sequence<int, K...>) {
-  (add_term<F, kExtras, K>(lanes, lane, r), ...);
+  (add_term<F, kExtras, K>(lanes[K][lane], r), ...);
 }
 
 template <Form F, bool kExtras>
 HD void one_token(const PolicyLossConfig& c, const Block& b, int64_t i, int lane, Lanes& lanes) {
   Token t{};
-  t.logp = b.logp[i];
-  t.old_logp = b.old_logp[i];
-  t.advantage = b.advantage[i];
-  t.coef = b.coef[i];
-  t.active = (b.mask[i] != 0) & (t.coef != 0.0f);
+  t.logp = b.in[kLogp][i];
+  t.old_logp = b.in[kOldLogp][i];
+  t.advantage = b.in[kAdvantage][i];
+  t.coef = b.in[kCoef][i];
+  t.active = b.flag[kActive][i];
   if (F == Form::rover) {
-    t.next_mean = b.next_mean[i];
-    t.next_old_mean = b.next_old_mean[i];
-    t.link = b.link[i] != 0;
+    t.next_mean = b.in[kNextMean][i];
+    t.next_old_mean = b.in[kNextOldMean][i];
+    t.link = b.flag[kLink][i];
   }
   if (F == Form::lp_reg) {
-    t.proxy_logp = b.proxy_logp[i];
-    t.selected = b.selected[i] != 0;
+    t.proxy_logp = b.in[kProxy][i];
+    t.selected = b.flag[kCandidate][i];
   }
   if (F == Form::sequence) {
-    t.sequence_x = b.sequence_x[i];
-    t.sequence_gain = b.sequence_gain[i];
+    t.sequence_x = b.in[kSequenceX][i];
+    t.sequence_gain = b.in[kSequenceGain][i];
   }
   if (kExtras) {
-    t.ref_logp = b.ref_logp[i];
-    t.entropy = b.entropy[i];
-    t.behaviour_logp = b.behaviour_logp[i];
-    t.tis_x = b.tis_x[i];
+    t.ref_logp = b.in[kRef][i];
+    t.entropy = b.in[kEntropyIn][i];
+    t.behaviour_logp = b.in[kBehaviour][i];
+    t.tis_x = b.in[kTisX][i];
   }
   TokenResult r = policy_token<F, kExtras>(c, t);
   b.grad_logp[i] = r.grad_logp;
@@ -72,33 +64,25 @@ HD void one_token(const PolicyLossConfig& c, const Block& b, int64_t i, int lane
   add_terms<F, kExtras>(lanes, lane, r, std::make_integer_sequence<int, kTerms>());
 }
 
+// `count` is a multiple of kLanes. Adds the block's terms to `sums`.
 template <Form F, bool kExtras>
-HD void run_block(const PolicyLossConfig& config, const Block& block, int64_t count, float* partial) {
+HD void run_block(const PolicyLossConfig& config, const Block& block, int64_t count, Lanes& sums) {
   const PolicyLossConfig c = config;  // local copies: stores to the gradient cannot alias them
   const Block b = block;
   alignas(64) Lanes lanes;
-  for (int k = 0; k < kTerms; ++k)
-    for (int lane = 0; lane < kLanes; ++lane) lanes[k][lane] = term_identity(k);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) {
+  std::memcpy(lanes, sums, sizeof lanes);
+  for (int64_t i = 0; i < count; i += kLanes) {
 #pragma omp simd
     for (int lane = 0; lane < kLanes; ++lane) one_token<F, kExtras>(c, b, i + lane, lane, lanes);
   }
-  for (int lane = 0; i + lane < count; ++lane) one_token<F, kExtras>(c, b, i + lane, lane, lanes);
-  for (int k = 0; k < kTerms; ++k) {
-    float value = lanes[k][0];
-    if (k < kSums) value = sum_lanes(lanes[k]);
-    else
-      for (int lane = 1; lane < kLanes; ++lane) value = combine_terms(k, value, lanes[k][lane]);
-    partial[k] = value;
-  }
+  std::memcpy(sums, lanes, sizeof lanes);
 }
 
-SIMD_CLONES void dispatch_block(const PolicyLossConfig& c, bool extras, const Block& b, int64_t count, float* partial) {
+SIMD_CLONES void dispatch_block(const PolicyLossConfig& c, bool extras, const Block& b, int64_t count, Lanes& sums) {
 #define PYMATHRL_FORM(F)                                                    \
   case Form::F:                                                             \
-    return extras ? run_block<Form::F, true>(c, b, count, partial)          \
-                  : run_block<Form::F, false>(c, b, count, partial)
+    return extras ? run_block<Form::F, true>(c, b, count, sums)          \
+                  : run_block<Form::F, false>(c, b, count, sums)
   switch (c.form) {
     PYMATHRL_FORM(clip);
     PYMATHRL_FORM(weighted);
@@ -109,41 +93,70 @@ SIMD_CLONES void dispatch_block(const PolicyLossConfig& c, bool extras, const Bl
 #undef PYMATHRL_FORM
 }
 
+// The last `rest` tokens of a block, filled up with inactive ones to a full set of lanes.
+void tail_lanes(const PolicyLossParams& p, const Block& b, int64_t whole, int64_t rest, Lanes& sums) {
+  float in[kInputs][kLanes] = {}, grad[2][kLanes];
+  Mask flag[kFlags][kLanes] = {};
+  Block tail;
+  for (int k = 0; k < kInputs; ++k) {
+    std::memcpy(in[k], b.in[k] + whole, sizeof(float) * rest);
+    tail.in[k] = in[k];
+  }
+  for (int k = 0; k < kFlags; ++k) {
+    std::memcpy(flag[k], b.flag[k] + whole, sizeof(Mask) * rest);
+    tail.flag[k] = flag[k];
+  }
+  tail.grad_logp = grad[0];
+  tail.grad_entropy = grad[1];
+  dispatch_block(p.config, p.extras(), tail, kLanes, sums);
+  std::memcpy(b.grad_logp + whole, grad[0], sizeof(float) * rest);
+  if (p.grad_entropy) std::memcpy(b.grad_entropy + whole, grad[1], sizeof(float) * rest);
+}
+
 void token_block(const PolicyLossParams& p, int64_t index) {
   int64_t begin = index * kCpuBlock, count = p.n - begin < kCpuBlock ? p.n - begin : kCpuBlock;
-  auto at = [begin](const float* x) { return x ? x + begin : kConstant.zero; };
-  float unused[kCpuBlock], mean[kCpuBlock], old_mean[kCpuBlock];
+  const float* work = p.sequence_work;
+  const float* given[kInputs] = {p.logp, p.old_logp ? p.old_logp : p.logp, p.advantage, p.coef, nullptr, nullptr,
+                                 p.proxy_logp, p.ref_logp, p.entropy, p.behaviour_logp,
+                                 work, work ? work + p.n : nullptr, work ? work + 2 * p.n : nullptr};
   Block b;
-  b.logp = p.logp + begin;
-  b.old_logp = p.old_logp ? p.old_logp + begin : b.logp;
-  b.advantage = p.advantage + begin;
-  b.coef = p.coef + begin;
-  b.mask = p.mask ? p.mask + begin : kConstant.all;
-  b.next_mean = b.next_old_mean = kConstant.zero;
-  b.link = p.mean_logp ? p.link + begin : kConstant.none;
-  if (p.mean_logp && begin + count < p.mean_rows) {
-    b.next_mean = p.mean_logp + begin + 1;
-    b.next_old_mean = p.old_mean_logp + begin + 1;
-  } else if (p.mean_logp) {  // the last row has no successor here; policy_loss_cpu checked that it has no link
-    for (int64_t i = 0; i < count; ++i) {
-      bool last = begin + i + 1 == p.mean_rows;
-      mean[i] = last ? 0.0f : p.mean_logp[begin + i + 1];
-      old_mean[i] = last ? 0.0f : p.old_mean_logp[begin + i + 1];
-    }
-    b.next_mean = mean;
-    b.next_old_mean = old_mean;
+  for (int k = 0; k < kInputs; ++k) b.in[k] = given[k] ? given[k] + begin : kZeros;
+
+  Mask active[kCpuBlock], other[kCpuBlock];
+  for (int64_t i = 0; i < count; ++i) active[i] = mask_of(b.in[kCoef][i] != 0.0f);
+  if (p.mask)
+    for (int64_t i = 0; i < count; ++i) active[i] &= mask_of(p.mask[begin + i] != 0);
+  const uint8_t* bits = p.link ? p.link : p.selected;  // a form has one of the two
+  if (bits)
+    for (int64_t i = 0; i < count; ++i) other[i] = mask_of(bits[begin + i] != 0);
+  b.flag[kActive] = active;
+  b.flag[kLink] = p.link ? other : kNone;
+  b.flag[kCandidate] = p.selected ? other : kNone;
+
+  float mean[kCpuBlock], old_mean[kCpuBlock];  // row n+1; past the last row there is no link (see check)
+  if (p.mean_logp) {
+    int64_t rows = p.mean_rows - begin - 1 < count ? p.mean_rows - begin - 1 : count;
+    std::memcpy(mean, p.mean_logp + begin + 1, sizeof(float) * rows);
+    std::memcpy(old_mean, p.old_mean_logp + begin + 1, sizeof(float) * rows);
+    if (rows < count) mean[rows] = old_mean[rows] = 0.0f;
+    b.in[kNextMean] = mean;
+    b.in[kNextOldMean] = old_mean;
   }
-  b.proxy_logp = at(p.proxy_logp);
-  b.selected = p.selected ? p.selected + begin : kConstant.none;
-  b.ref_logp = at(p.ref_logp);
-  b.entropy = at(p.entropy);
-  b.behaviour_logp = at(p.behaviour_logp);
-  b.sequence_x = at(p.sequence_work);
-  b.sequence_gain = at(p.sequence_work ? p.sequence_work + p.n : nullptr);
-  b.tis_x = at(p.sequence_work ? p.sequence_work + 2 * p.n : nullptr);
+
+  float unused[kCpuBlock];
   b.grad_logp = p.grad_logp + begin;
   b.grad_entropy = p.grad_entropy ? p.grad_entropy + begin : unused;
-  dispatch_block(p.config, p.extras(), b, count, p.partial + index * kTerms);
+  Lanes sums;
+  for (int k = 0; k < kTerms; ++k)
+    for (float& lane : sums[k]) lane = term_identity(k);
+  int64_t whole = count / kLanes * kLanes;
+  dispatch_block(p.config, p.extras(), b, whole, sums);
+  if (whole < count) tail_lanes(p, b, whole, count - whole, sums);
+  for (int k = 0; k < kTerms; ++k) {
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int lane = 0; lane < width; ++lane) sums[k][lane] = combine_terms(k, sums[k][lane], sums[k][lane + width]);
+    p.partial[index * kTerms + k] = sums[k][0];
+  }
 }
 
 void check(const PolicyLossParams& p) {

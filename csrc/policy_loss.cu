@@ -32,9 +32,9 @@ __device__ __forceinline__ Token load_token(const PolicyLossParams& p, int64_t n
   t.old_logp = p.old_logp ? p.old_logp[n] : t.logp;
   t.advantage = p.advantage[n];
   t.coef = p.coef[n];
-  t.active = (!p.mask || p.mask[n]) && t.coef != 0.0f;
+  t.active = mask_of(token_active(p, n));
   if (F == Form::rover && p.mean_logp) {
-    t.link = p.link[n] != 0;
+    t.link = mask_of(p.link[n] != 0);
     // A link past the rows given is the caller's error, found on the CPU by a check that would be a host sync here:
     // it becomes nan, which the loss carries to whoever looks.
     bool inside = n + 1 < p.mean_rows;
@@ -43,7 +43,7 @@ __device__ __forceinline__ Token load_token(const PolicyLossParams& p, int64_t n
   }
   if (F == Form::lp_reg) {
     t.proxy_logp = p.proxy_logp[n];
-    t.selected = p.selected[n] != 0;
+    t.selected = mask_of(p.selected[n] != 0);
   }
   if (F == Form::sequence) {
     t.sequence_x = p.sequence_work[n];
@@ -68,7 +68,7 @@ __device__ __forceinline__ void warp_term(float value, float (*shared)[kWarps]) 
 
 template <Form F, bool kExtras, int... K>
 __device__ __forceinline__ void add_terms(float* own, const TokenResult& r, std::integer_sequence<int, K...>) {
-  ((term_used(F, kExtras, K) ? void(own[K] = combine_terms(K, own[K], r.term[K])) : void()), ...);
+  (add_term<F, kExtras, K>(own[K], r), ...);
 }
 
 template <Form F, bool kExtras, int... K>

@@ -88,17 +88,34 @@ inline int64_t policy_loss_blocks(int64_t n, bool cuda) {
 void policy_loss_cpu(const PolicyLossParams& p);
 void policy_loss_cuda(const PolicyLossParams& p, int device, void* stream);
 
+// A truth value as all ones or all zeros. gcc 12 vectorises bit operations on these and gives up on selects of bools.
+using Mask = int32_t;
+HD Mask mask_of(bool condition) { return -static_cast<int32_t>(condition); }
+HD float keep(Mask mask, float x) {  // x or 0, also where x is nan or inf
+  int32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits_float(bits & mask);
+}
+HD float choose(Mask mask, float yes, float no) {
+  int32_t y, n;
+  memcpy(&y, &yes, sizeof y);
+  memcpy(&n, &no, sizeof n);
+  return bits_float((y & mask) | (n & ~mask));
+}
+HD float count_of(Mask mask) { return static_cast<float>(-mask); }
+
 struct Token {
   float logp, old_logp, advantage, coef;
   float next_mean, next_old_mean;                 // rover: row n+1
   float proxy_logp, ref_logp, entropy, behaviour_logp;
   float sequence_x, sequence_gain, tis_x;         // from the sequence pass
-  bool active, link, selected;
+  Mask active, link, selected;
 };
 
 struct TokenResult {
   float grad_logp, grad_entropy;
-  float term[kTerms];
+  float term[kTerms];  // to be combined where active
+  Mask active;
 };
 
 HD float term_identity(int k) { return k < kSums ? 0.0f : (k < kMaxima ? -kInf : kInf); }
@@ -122,8 +139,7 @@ HD float exp_excess(float d) {
   p = p * d + 4.16666667e-2f;
   p = p * d + 1.66666667e-1f;
   p = p * d + 0.5f;
-  float far = (exp_f32(d) - 1.0f) - d;
-  return (d > -0.25f) & (d < 0.25f) ? p * d * d : far;
+  return choose(mask_of(d > -0.25f) & mask_of(d < 0.25f), p * d * d, (exp_f32(d) - 1.0f) - d);
 }
 
 constexpr float kMaxLogRatio = 20.0f;          // e^20 = 4.9e8: beyond it a ratio carries no information
@@ -136,8 +152,8 @@ struct Excess {
 
 HD Excess bounded_k3(float d) {
   float bounded = clamp_f32(d, -kMaxLogRatio, kMaxLogRatio), value = exp_excess(bounded);
-  bool flat = value > kMaxK3;
-  return {flat ? kMaxK3 : value, flat ? 0.0f : -(value + bounded)};
+  Mask flat = mask_of(value > kMaxK3);
+  return {choose(flat, kMaxK3, value), keep(~flat, -(value + bounded))};
 }
 
 // Comparisons are written so that nan reaches loss and gradient: a nan input is found, not clipped away.
@@ -145,102 +161,101 @@ template <Form F, bool kExtras>
 HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
   float a = t.advantage, x = t.logp - t.old_logp;
   float bounded = clamp_f32(x, -kMaxLogRatio, kMaxLogRatio);
-  bool flat = (x < -kMaxLogRatio) | (x > kMaxLogRatio);  // a clamped ratio is a constant
+  Mask flat = mask_of(x < -kMaxLogRatio) | mask_of(x > kMaxLogRatio);  // a clamped ratio is a constant
   float r = exp_f32(bounded), loss, grad;
-  bool low = false, high = false, dual = false, selected = false;
+  Mask low = 0, high = 0, dual = 0, selected = 0;
   float q = 0.0f, next_q = 0.0f, target = 0.0f;
   if (F == Form::clip || F == Form::sequence || F == Form::lp_reg) {
     float gain = 1.0f;
     if (F == Form::sequence) {
-      flat = (t.sequence_x < -kMaxLogRatio) | (t.sequence_x > kMaxSequenceLogRatio);
+      flat = mask_of(t.sequence_x < -kMaxLogRatio) | mask_of(t.sequence_x > kMaxSequenceLogRatio);
       r = exp_f32(clamp_f32(t.sequence_x, -kMaxLogRatio, kMaxSequenceLogRatio));
       gain = t.sequence_gain;
     }
     float delta = F == Form::lp_reg ? kInf : c.delta;
     float free_arm = -a * (r > delta ? delta : r);
     float clip_arm = -a * clamp_f32(r, 1.0f - c.clip_low, 1.0f + c.clip_high);
-    loss = free_arm < clip_arm ? clip_arm : free_arm;
-    // Inside the range the arms are equal and the gradient passes, hence < and not <=.
-    grad = (free_arm < clip_arm) | (r >= delta) | flat ? 0.0f : -a * r * gain;
-    low = (a < 0.0f) & (r < 1.0f - c.clip_low);
-    high = (a > 0.0f) & (r > 1.0f + c.clip_high);
+    Mask clipped = mask_of(free_arm < clip_arm);  // inside the range the arms are equal and the gradient passes
+    loss = choose(clipped, clip_arm, free_arm);
+    grad = keep(~(clipped | mask_of(r >= delta) | flat), -a * r * gain);
+    low = mask_of(a < 0.0f) & mask_of(r < 1.0f - c.clip_low);
+    high = mask_of(a > 0.0f) & mask_of(r > 1.0f + c.clip_high);
     if (F == Form::lp_reg) {
-      selected = t.selected & !(t.logp >= t.proxy_logp);
+      selected = t.selected & ~mask_of(t.logp >= t.proxy_logp);
       Excess k3 = bounded_k3(t.proxy_logp - t.logp);
-      loss = selected ? -a * r + c.lp_reg_coef * k3.value : loss;
-      grad = selected ? (flat ? 0.0f : -a * r) + c.lp_reg_coef * k3.slope : grad;
-      low = low & !selected;
-      high = high & !selected;
+      loss = choose(selected, -a * r + c.lp_reg_coef * k3.value, loss);
+      grad = choose(selected, keep(~flat, -a * r) + c.lp_reg_coef * k3.slope, grad);
+      low &= ~selected;
+      high &= ~selected;
     } else {
-      dual = (a < 0.0f) & (loss > -a * c.dual_clip);
-      loss = dual ? -a * c.dual_clip : loss;
-      grad = dual ? 0.0f : grad;
+      dual = mask_of(a < 0.0f) & mask_of(loss > -a * c.dual_clip);
+      loss = choose(dual, -a * c.dual_clip, loss);
+      grad = keep(~dual, grad);
     }
   } else if (F == Form::weighted) {
-    float w = c.ratio_weight ? clamp_f32(r, c.weight_low, c.weight_high) : 1.0f;
+    Mask ratio_weight = mask_of(c.ratio_weight);
+    float w = choose(ratio_weight, clamp_f32(r, c.weight_low, c.weight_high), 1.0f);
     loss = -w * a * t.logp;
     grad = -w * a;
-    low = c.ratio_weight & (r < c.weight_low);
-    high = c.ratio_weight & (r > c.weight_high);
+    low = ratio_weight & mask_of(r < c.weight_low);
+    high = ratio_weight & mask_of(r > c.weight_high);
   } else {
     q = c.rho * x;
-    next_q = t.link ? c.rho * (t.next_mean - t.next_old_mean) : 0.0f;
+    next_q = keep(t.link, c.rho * (t.next_mean - t.next_old_mean));
     target = a + c.beta * next_q;
-    low = (target < q) & (q < c.q_low);
-    high = (target > q) & (q > c.q_high);
-    float residual = (low ? c.q_low : (high ? c.q_high : q)) - target;
+    low = mask_of(target < q) & mask_of(q < c.q_low);
+    high = mask_of(target > q) & mask_of(q > c.q_high);
+    float residual = choose(low, c.q_low, choose(high, c.q_high, q)) - target;
     loss = residual * residual;
-    grad = low | high ? 0.0f : 2.0f * c.rho * residual;
+    grad = keep(~(low | high), 2.0f * c.rho * residual);
   }
 
   float kl = 0.0f, weight = 1.0f;
-  bool over = false;
+  Mask over = 0;
   if (kExtras) {
-    if (c.tis != Level::none) {
-      float w = c.tis == Level::token ? t.old_logp - t.behaviour_logp : t.tis_x;
-      w = exp_f32(clamp_f32(w, -kMaxLogRatio, kMaxLogRatio));
-      over = w > c.tis_cap;
-      weight = over ? (c.tis_mask ? 0.0f : c.tis_cap) : w;
-      loss *= weight;
-      grad *= weight;
-    }
-    if (c.kl != Kl::none) {
-      float d = t.logp - t.ref_logp;
-      Excess k3 = bounded_k3(-d);
-      bool is_k1 = (c.kl == Kl::k1) | (c.kl == Kl::k1_straight), is_k2 = c.kl == Kl::k2;
-      kl = is_k1 ? d : (is_k2 ? 0.5f * d * d : k3.value);
-      float slope = c.kl == Kl::k1 ? 1.0f : (c.kl == Kl::k3 ? k3.slope : d);  // straight-through: the slope of k2
-      loss += c.kl_coef * kl;
-      grad += c.kl_coef * slope;
-    }
+    Mask tis = mask_of(c.tis != Level::none);
+    float w = choose(mask_of(c.tis == Level::token), t.old_logp - t.behaviour_logp, t.tis_x);
+    w = exp_f32(clamp_f32(w, -kMaxLogRatio, kMaxLogRatio));
+    over = tis & mask_of(w > c.tis_cap);
+    weight = choose(tis, choose(over, c.tis_mask ? 0.0f : c.tis_cap, w), 1.0f);
+    loss *= weight;
+    grad *= weight;
+    float d = t.logp - t.ref_logp;
+    Excess k3 = bounded_k3(-d);
+    Mask is_k1 = mask_of(c.kl == Kl::k1), is_k2 = mask_of(c.kl == Kl::k2), is_k3 = mask_of(c.kl == Kl::k3);
+    Mask value_k1 = is_k1 | mask_of(c.kl == Kl::k1_straight), on = mask_of(c.kl != Kl::none);
+    kl = keep(on, choose(value_k1, d, choose(is_k2, 0.5f * d * d, k3.value)));
+    float slope = choose(is_k1, 1.0f, choose(is_k3, k3.slope, d));  // straight-through: the slope of k2
+    loss += c.kl_coef * kl;
+    grad += c.kl_coef * keep(on, slope);
     loss -= c.entropy_coef * t.entropy;
   }
 
   TokenResult out;
-  out.grad_logp = t.active ? t.coef * grad : 0.0f;  // select, not multiply: 0 * nan is nan
-  out.grad_entropy = t.active ? -c.entropy_coef * t.coef : 0.0f;
-  float value[kTerms];
-  value[kLoss] = t.coef * loss;
-  value[kTokens] = 1.0f;
-  value[kClipLow] = low ? 1.0f : 0.0f;
-  value[kClipHigh] = high ? 1.0f : 0.0f;
-  value[kDualClip] = dual ? 1.0f : 0.0f;
-  value[kTisClipped] = over ? 1.0f : 0.0f;
-  value[kSelected] = selected ? 1.0f : 0.0f;
-  value[kRatio] = value[kRatioMax] = r;
-  value[kLogRatio] = x;
-  value[kLogRatioAbs] = value[kLogRatioAbsMax] = x < 0.0f ? -x : x;
-  value[kOldK3] = exp_excess(bounded);
-  value[kKl] = kl;
-  value[kEntropy] = t.entropy;
-  value[kTisWeight] = value[kTisWeightMax] = weight;
-  value[kTisWeightSquare] = weight * weight;
-  value[kQ] = value[kQMax] = value[kQMin] = q;
-  value[kNextQ] = value[kNextQMax] = value[kNextQMin] = next_q;
-  value[kTarget] = value[kTargetMax] = value[kTargetMin] = target;
-  value[kQAbove] = (a > 0.0f) & (q > a) ? 1.0f : 0.0f;
-  value[kQBelow] = (a < 0.0f) & (q < a) ? 1.0f : 0.0f;
-  for (int k = 0; k < kTerms; ++k) out.term[k] = t.active ? value[k] : term_identity(k);
+  out.active = t.active;
+  out.grad_logp = keep(t.active, t.coef * grad);  // bits, not a product: 0 * nan is nan
+  out.grad_entropy = keep(t.active, -c.entropy_coef * t.coef);
+  float* term = out.term;
+  term[kLoss] = t.coef * loss;
+  term[kTokens] = 1.0f;
+  term[kClipLow] = count_of(low);
+  term[kClipHigh] = count_of(high);
+  term[kDualClip] = count_of(dual);
+  term[kTisClipped] = count_of(over);
+  term[kSelected] = count_of(selected);
+  term[kRatio] = term[kRatioMax] = r;
+  term[kLogRatio] = x;
+  term[kLogRatioAbs] = term[kLogRatioAbsMax] = x < 0.0f ? -x : x;
+  term[kOldK3] = exp_excess(bounded);
+  term[kKl] = kl;
+  term[kEntropy] = t.entropy;
+  term[kTisWeight] = term[kTisWeightMax] = weight;
+  term[kTisWeightSquare] = weight * weight;
+  term[kQ] = term[kQMax] = term[kQMin] = q;
+  term[kNextQ] = term[kNextQMax] = term[kNextQMin] = next_q;
+  term[kTarget] = term[kTargetMax] = term[kTargetMin] = target;
+  term[kQAbove] = count_of(mask_of(a > 0.0f) & mask_of(q > a));
+  term[kQBelow] = count_of(mask_of(a < 0.0f) & mask_of(q < a));
   return out;
 }
 
@@ -248,6 +263,12 @@ HD float combine_terms(int k, float a, float b) {
   if (k < kSums) return a + b;
   if (k < kMaxima) return a > b ? a : b;
   return a < b ? a : b;
+}
+
+// Adds term K of a token to a running value, where the form has it and the token counts.
+template <Form F, bool kExtras, int K>
+HD void add_term(float& own, const TokenResult& r) {
+  if constexpr (term_used(F, kExtras, K)) own = combine_terms(K, own, K < kSums ? keep(r.active, r.term[K]) : choose(r.active, r.term[K], term_identity(K)));
 }
 
 HD bool token_active(const PolicyLossParams& p, int64_t n) { return (!p.mask || p.mask[n]) && p.coef[n] != 0.0f; }

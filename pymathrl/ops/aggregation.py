@@ -18,10 +18,10 @@ def aggregation_coef(
 ) -> torch.Tensor:
     """Coefficients c [N] fp32, so that the loss of the step is sum_n c[n] l[n]; exactly 0 where mask is 0.
 
-    mask [N] bool/uint8: 1 = sampled by the policy. offsets [S+1] int64: first token of each sequence, the last entry is N.
-    tokens = N_step and sequences = B_step count the whole optimizer step, over all micro-batches and replicas, so that any
-    split of the step gives the same gradient; never divide by a number of micro-batches again. L = sampled tokens of the
-    token's sequence, which must be whole within this call. max_length = Lmax, a constant of the run.
+    mask [N] bool/uint8: 1 = sampled by the policy. offsets [S+1] int64: first token of each sequence, the last entry is
+    N. tokens = N_step and sequences = B_step count the whole optimizer step, over all micro-batches and replicas, so
+    that any split of the step gives the same gradient; never divide by a number of micro-batches again. L = sampled
+    tokens of the token's sequence, which must be whole within this call. max_length = Lmax, a constant of the run.
 
     mode                        c                    reads             used by
     "token-mean"                1 / N_step           tokens            DAPO, SPO, ROVER, Lp-Reg, CURE, verl's default

@@ -86,8 +86,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """loss = sum_n coef[n] l[n] over N tokens, to be minimised.
 
-    x = logp - old_logp, r = exp(x), A = advantage, sg = a constant. All tensors [N] fp32, in nats, dense, on one device,
-    unless said otherwise. Differentiable in logp and entropy only.
+    x = logp - old_logp, r = exp(x), A = advantage, sg = a constant. All tensors [N] fp32, in nats, dense, on one
+    device, unless said otherwise. Differentiable in logp and entropy only.
     old_logp None means on-policy: old = sg(logp), r = 1 (one optimizer step per batch).
     coef: normaliser and mask, made by `aggregation_coef`. A token with coef 0, or with mask [N] bool/uint8 0, gives
     exactly 0 loss and gradient whatever its inputs are (nan, inf). nan in an active token reaches the loss.
@@ -462,11 +462,10 @@ def _reference(
 
     with torch.no_grad():
         extras = o["tis"] is not None or o["kl"] != "none" or entropy is not None
-        sums |= {
-            "tokens": torch.ones_like(lp).sum(), "clip_low": low.sum(), "clip_high": high.sum(),
-            "dual_clip": dual.sum(), "tis_clipped": over.sum(), "selected": selected.sum(), "ratio": r.sum(),
-            "log_ratio": x.sum(), "log_ratio_abs": x.abs().sum(), "old_k3": _excess(x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).sum(),
-        }  # fmt: skip
+        flags = {"clip_low": low, "clip_high": high, "dual_clip": dual, "tis_clipped": over, "selected": selected}
+        sums |= {name: flag.sum() for name, flag in flags.items()}
+        sums |= {"tokens": torch.ones_like(lp).sum(), "ratio": r.sum(), "log_ratio": x.sum()}
+        sums |= {"log_ratio_abs": x.abs().sum(), "old_k3": _excess(x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)).sum()}
         extremes = {"ratio": r, "log_ratio_abs": x.abs()}
         if extras:
             sums |= {"tis_weight": tis_weight.sum(), "tis_weight_square": tis_weight.square().sum()}
