@@ -72,7 +72,7 @@ def generate(
     prompts: non-empty lists of token ids. uids int64 [P*n]: the identity of each sample in (seed, uid, step).
     max_batch: rows that run at once, in whole groups where n <= max_batch. The samples do not depend on it.
     A row ends with the first of the policy's end tokens, which belongs to it, or after max_new_tokens.
-    temperature > 0 divides the logits; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary.
+    temperature divides the logits, 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary.
     on_progress(rows finished, rows in all, tokens drawn) is called every few steps.
     """
     uid = torch.as_tensor(uids, dtype=torch.int64).to(policy.device)
@@ -148,7 +148,7 @@ def _run(
     pending: list[tuple[Tensor, ...]] = []
     for step in range(max_new):
         out = draw(model.logits(hidden), uid, step_of)
-        ids = out.ids
+        ids = out.ids.clamp_(min=0)  # -1 marks a row of nan logits: `_flush` reports it, the embedding must not see it
         pending.append((ids, out.logp, out.mean_logp, out.entropy))
         last = step + 1 == max_new
         if last or len(pending) == CHECK_EVERY:
@@ -177,6 +177,10 @@ def _flush(
     A row that ended earlier keeps writing until it leaves the batch; its `steps` are final, so nobody reads that.
     """
     ids, logp, mean_logp, entropy = (torch.stack(values) for values in zip(*pending, strict=True))
+    if not bool(torch.isfinite(logp).all()):
+        raise UserError(
+            "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
+        )
     at = slice(step - len(pending), step)
     drawn.ids[at, rows], drawn.logp[at, rows] = ids, logp
     drawn.mean_logp[at, rows], drawn.entropy[at, rows] = mean_logp, entropy
