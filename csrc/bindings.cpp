@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 #include "group_advantage.h"
 #include "policy_loss.h"
+#include "sample_token.h"
 #include "token_logprob.h"
 
 namespace py = pybind11;
@@ -121,7 +122,7 @@ void policy_loss(const PolicyLossConfig& config, const Tensor& logp, const Tenso
   p.behaviour_logp = args.optional<float>("behaviour_logp", behaviour_logp, {n});
   p.grad_logp = args.dense<float>("grad_logp", grad_logp, {n});
   p.grad_entropy = args.optional<float>("grad_entropy", grad_entropy, {n});
-  p.sequence_work = args.optional<float>("sequence_work", sequence_work, {3, n});
+  p.sequence_work = args.optional<float>("sequence_work", sequence_work, {3 * n});
   // Row 0 is the result, the rest the partial sums of the blocks.
   p.result = args.dense<float>("result", result, {1 + policy_loss_blocks(n, args.cuda()), kTerms});
   p.partial = p.result + kTerms;
@@ -201,6 +202,48 @@ void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tenso
   token_logprob_backward_cpu(p);
 }
 
+void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, const Tensor& ids, const Tensor& numbers,
+                  uint64_t seed, uint32_t stream_id, double temperature, int64_t top_k, double top_p, double min_p,
+                  uintptr_t stream) {
+  Args args("sample_token", logits);
+  SampleTokenParams p{};
+  p.dtype = logit_dtype("sample_token", logits);
+  p.row_stride = args.rows("logits", logits);
+  p.rows = logits.size[0];
+  p.width = logits.size[1];
+  p.logits = logits.data;
+  p.uid = args.dense<int64_t>("uid", uid, {p.rows});
+  p.step = args.dense<int64_t>("step", step, {p.rows});
+  p.ids = args.dense<int64_t>("ids", ids, {p.rows});
+  p.logp = args.dense<float>("numbers", numbers, {4, p.rows});
+  p.entropy = p.logp + p.rows;
+  p.mean_logp = p.entropy + p.rows;
+  p.kept_mass = p.mean_logp + p.rows;
+  p.seed = seed;
+  p.stream = stream_id;
+  p.temperature = temperature;
+  p.top_k = top_k;
+  p.top_p = top_p;
+  p.min_p = min_p;
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return sample_token_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  sample_token_cpu(p);
+}
+
+void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, uint64_t seed, uint32_t stream_id) {
+  Args args("philox_uniform", uid);
+  if (args.cuda()) fail("philox_uniform: uid must be on the cpu; kernels draw their own numbers on a GPU");
+  int64_t n = uid.size[0];
+  auto u = args.dense<int64_t>("uid", uid, {n}), t = args.dense<int64_t>("step", step, {n});
+  auto x = args.dense<float>("out", out, {n});
+  for (int64_t i = 0; i < n; ++i)
+    x[i] = philox_uniform(seed, static_cast<uint64_t>(u[i]), static_cast<uint32_t>(t[i]), stream_id);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -239,4 +282,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("token_logprob_backward", &token_logprob_backward, py::arg("logits"), py::arg("ids"), py::arg("lse"),
         py::arg("entropy"), py::arg("grad_logp"), py::arg("grad_entropy"), py::arg("dlogits"), py::arg("temperature"),
         py::arg("stream"));
+
+  m.def("sample_token", &sample_token, py::arg("logits"), py::arg("uid"), py::arg("step"), py::arg("ids"),
+        py::arg("numbers"), py::arg("seed"), py::arg("stream_id"), py::arg("temperature"), py::arg("top_k"),
+        py::arg("top_p"), py::arg("min_p"), py::arg("stream"));
+  m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
+        py::arg("stream_id"));
 }

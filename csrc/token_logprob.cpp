@@ -63,9 +63,9 @@ void token_logprob_cpu(const TokenLogprobParams& p) {
   float inverse_t = static_cast<float>(1.0 / p.temperature);
   parallel_for(p.rows, row_grain(p.width), [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
-      auto z = static_cast<const char*>(p.logits) + row * p.row_stride * dtype_size(p.dtype);
+      const void* z = row_at(p.logits, p.dtype, row * p.row_stride);
       float max = row_max(z, p.dtype, p.width);
-      RowSums sums = row_sums(z, p.dtype, p.width, max, inverse_t, min_p_threshold(p.min_p), nullptr);
+      RowSums sums = row_sums(z, p.dtype, p.width, max, inverse_t, min_p_threshold(p.min_p), nullptr, nullptr);
       float z_y = row_element(z, p.dtype, p.ids[row]);
       token_logprob_finish(p, row, sums, z_y, exp_row(row_distance(z_y, max, inverse_t)));
     }

@@ -24,7 +24,7 @@ forward_kernel(TokenLogprobParams p, bool aligned) {
           kept[0] += e >= threshold ? e : 0.0f;
         }
       }
-      team_reduce<kTeam>(kept, 0.0f, shared, Add());
+      team_reduce(kept, 0.0f, shared, Add(), kTeam);
       sums.kept = kept[0];
     }
     if (thread == 0) {

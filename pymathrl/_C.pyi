@@ -39,3 +39,9 @@ def token_logprob_backward(
     logits: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor | None, grad_logp: Tensor | None,
     grad_entropy: Tensor | None, dlogits: Tensor, temperature: float, stream: int,
 ) -> None: ...
+
+def sample_token(
+    logits: Tensor, uid: Tensor, step: Tensor, ids: Tensor, numbers: Tensor, seed: int, stream_id: int,
+    temperature: float, top_k: int, top_p: float, min_p: float, stream: int,
+) -> None: ...
+def philox_uniform(uid: Tensor, step: Tensor, out: Tensor, seed: int, stream_id: int) -> None: ...

@@ -35,24 +35,28 @@ struct BlockSums {
 };
 
 template <class In>
-HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float threshold, float* block_sum) {
+HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float threshold, float* block_sum,
+               float* e) {
   RowSums s{max, 0, 0, 0, 0};
   for (int64_t begin = 0; begin < width; begin += kRowBlock) {
     int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
     BlockSums block;
     for (; j + kLanes <= end; j += kLanes) {
       f32x16 x = row_distance(load16(z + j), max, inverse_t);
-      block.add(x, exp_row(x), threshold);
+      f32x16 y = exp_row(x);
+      if (e) store16(e + j, y);
+      block.add(x, y, threshold);
     }
     if (j < end) {
       i32x16 inside = first_lanes(end - j);
       f32x16 x = row_distance(load_part(z + j, end - j, 0.0f), max, inverse_t);
       f32x16 y = exp_row(x);
+      if (e) store_part(e + j, end - j, y);
       block.add(inside ? x : f32x16{}, inside ? y : f32x16{}, threshold);
     }
-    float e = sum_lanes(block.e);
-    if (block_sum) block_sum[begin / kRowBlock] = e;
-    s.e += e;
+    float sum = sum_lanes(block.e);
+    if (block_sum) block_sum[begin / kRowBlock] = sum;
+    s.e += sum;
     s.ed += sum_lanes(block.ed);
     s.d += sum_lanes(block.d);
     s.kept += sum_lanes(block.kept);
@@ -69,11 +73,12 @@ SIMD_CLONES float row_max(const void* row, DType dtype, int64_t width) {
 }
 
 SIMD_CLONES RowSums row_sums(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold,
-                             float* block_sum) {
+                             float* block_sum, float* e) {
   if (dtype == DType::f32)
-    return sums_of(static_cast<const float*>(row), width, max, inverse_t, threshold, block_sum);
-  if (dtype == DType::bf16) return sums_of(static_cast<const bf16*>(row), width, max, inverse_t, threshold, block_sum);
-  return sums_of(static_cast<const f16*>(row), width, max, inverse_t, threshold, block_sum);
+    return sums_of(static_cast<const float*>(row), width, max, inverse_t, threshold, block_sum, e);
+  if (dtype == DType::bf16)
+    return sums_of(static_cast<const bf16*>(row), width, max, inverse_t, threshold, block_sum, e);
+  return sums_of(static_cast<const f16*>(row), width, max, inverse_t, threshold, block_sum, e);
 }
 
 }  // namespace pymathrl

@@ -101,14 +101,14 @@ __device__ __forceinline__ int vec_count(int64_t j, int64_t width) {
 }
 
 // Reduces K values over the team; every thread gets the result. Where the team is the block, all of its threads must
-// call it, and `shared` holds K*32 values; where it is a warp, `shared` is not touched.
-template <int kTeam, int K, class V, class Op>
-__device__ __forceinline__ void team_reduce(V (&value)[K], V identity, V* shared, Op op) {
+// call it, and `shared` holds K*32 values; where it is a warp (team = 32), `shared` is not touched.
+template <int K, class V, class Op>
+__device__ __forceinline__ void team_reduce(V (&value)[K], V identity, V* shared, Op op, int team) {
 #pragma unroll
   for (int k = 0; k < K; ++k)
     for (int offset = 16; offset > 0; offset >>= 1)
       value[k] = op(value[k], __shfl_xor_sync(0xffffffffu, value[k], offset));
-  if (kTeam == 32) return;
+  if (team == 32) return;
   int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   __syncthreads();  // the readers of an earlier reduction are done with `shared`
   if (lane == 0)
@@ -116,7 +116,7 @@ __device__ __forceinline__ void team_reduce(V (&value)[K], V identity, V* shared
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < K; ++k) {  // each warp adds the warps' values up for itself, all in the same order
-    value[k] = lane < kTeam / 32 ? shared[k * 32 + lane] : identity;
+    value[k] = lane < team / 32 ? shared[k * 32 + lane] : identity;
     for (int offset = 16; offset > 0; offset >>= 1)
       value[k] = op(value[k], __shfl_xor_sync(0xffffffffu, value[k], offset));
   }
@@ -182,10 +182,10 @@ __device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, floa
       if (i < count) own.add(x[i], base, scale);
   }
   float max[1] = {own.max};
-  team_reduce<kTeam>(max, -kInf, shared, Max());
+  team_reduce(max, -kInf, shared, Max(), kTeam);
   own.raise(max[0], scale);
   float sums[3] = {own.e, own.ex, own.z};
-  team_reduce<kTeam>(sums, 0.0f, shared, Add());
+  team_reduce(sums, 0.0f, shared, Add(), kTeam);
   RowSums s;
   s.max = max[0];
   s.e = sums[0];

@@ -68,13 +68,18 @@ template <class F> HD F row_distance(F z, float max, float inverse_t) { return (
 // max over the row (nan is passed over; -inf where nothing is above it).
 float row_max(const void* row, DType dtype, int64_t width);
 
-// The sums, given the maximum. threshold: of `kept`. block_sum: [ceil(width / kRowBlock)] sums of e, or null.
+// The sums, given the maximum. threshold: of `kept`. block_sum: [row_blocks(width)] sums of e, or null; e: [width] every
+// e_j, or null. Neither changes a bit of the sums.
 RowSums row_sums(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold,
-                 float* block_sum);
+                 float* block_sum, float* e);
 
 HD int64_t row_blocks(int64_t width) { return (width + kRowBlock - 1) / kRowBlock; }
 
 inline int64_t dtype_size(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+
+inline const void* row_at(const void* logits, DType dtype, int64_t offset) {
+  return static_cast<const char*>(logits) + offset * dtype_size(dtype);
+}
 
 inline float row_element(const void* row, DType dtype, int64_t j) {
   if (dtype == DType::f32) return static_cast<const float*>(row)[j];

@@ -1,0 +1,227 @@
+#include "sample_token.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace pymathrl {
+namespace {
+
+constexpr int64_t kGrainElements = 32768;  // about 20 us of work: below that a second thread costs more than it saves
+constexpr int64_t kPiece = 64;             // top-k bounds its threshold by the maxima of pieces of this many logits
+
+int64_t row_grain(int64_t width) { return width < kGrainElements ? kGrainElements / width : 1; }
+
+struct Candidate {
+  float z, e;
+  int64_t index;
+};
+bool before(const Candidate& a, const Candidate& b) { return a.z > b.z || (a.z == b.z && a.index < b.index); }
+
+// Per thread; grows to the row's width once.
+struct Scratch {
+  std::vector<float> e, block_sum, piece_max;
+  std::vector<Candidate> candidates;
+};
+
+struct Row {
+  const void* z;
+  DType dtype;
+  int64_t width;
+  float element(int64_t j) const { return row_element(z, dtype, j); }
+};
+
+template <class In> HD void filter_of(const In* z, int64_t width, const Cut& cut, float* e, float* block_sum) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  for (int64_t begin = 0; begin < width; begin += kRowBlock) {
+    int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
+    f32x16 sum = {};
+    for (; j < end; j += kLanes) {
+      int64_t count = end - j, left = cut.index - j;
+      bool whole = count >= kLanes;
+      f32x16 value = whole ? load16(z + j) : load_part(z + j, count, -kInf);
+      f32x16 y = whole ? load16(e + j) : load_part(e + j, count, 0.0f);
+      i32x16 last = lane <= static_cast<int32_t>(left < -1 ? -1 : (left < kLanes ? left : kLanes));
+      i32x16 keep = (y >= cut.floor) & ((value > cut.z) | ((value == cut.z) & last));
+      y = keep ? y : f32x16{};
+      sum += y;
+      if (whole)
+        store16(e + j, y);
+      else
+        store_part(e + j, count, y);
+    }
+    block_sum[begin / kRowBlock] = sum_lanes(sum);
+  }
+}
+
+// Sets e to 0 where it is cut; block sums of what stays, in the order of row_sums.
+SIMD_CLONES void filter_row(const Row& row, const Cut& cut, float* e, float* block_sum) {
+  if (row.dtype == DType::f32)
+    filter_of(static_cast<const float*>(row.z), row.width, cut, e, block_sum);
+  else if (row.dtype == DType::bf16)
+    filter_of(static_cast<const bf16*>(row.z), row.width, cut, e, block_sum);
+  else
+    filter_of(static_cast<const f16*>(row.z), row.width, cut, e, block_sum);
+}
+
+// The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then the group.
+// The group sums add up to the block's sum only within rounding: where the target is not met, the last e_j > 0.
+SIMD_CLONES int64_t find_in_block(const float* e, int64_t count, double acc, double target) {
+  int64_t group = -1;
+  double start = acc;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    f32x16 y = count - j >= kLanes ? load16(e + j) : load_part(e + j, count - j, 0.0f);
+    float sum = sum_lanes(y);
+    if (sum > 0.0f) {
+      group = j;
+      start = acc;
+    }
+    acc += sum;
+    if (sum > 0.0f && acc > target) break;
+  }
+  if (group < 0) return -1;
+  int64_t found = group;
+  for (int64_t j = group; j < std::min(group + kLanes, count); ++j) {
+    if (!(e[j] > 0.0f)) continue;
+    found = j;
+    start += e[j];
+    if (start > target) break;
+  }
+  return found;
+}
+
+// Inverse CDF in index order; `block` gives the e of the block it settles on.
+template <class Block>
+int64_t draw(const float* block_sum, int64_t width, double target, const Block& block) {
+  double acc = 0;
+  int64_t chosen = -1;
+  double start = 0;
+  for (int64_t b = 0; b < row_blocks(width); ++b) {
+    if (!(block_sum[b] > 0.0f)) continue;
+    chosen = b;
+    start = acc;
+    acc += block_sum[b];
+    if (acc > target) break;
+  }
+  int64_t first = chosen * kRowBlock;
+  return first + find_in_block(block(chosen), std::min(kRowBlock, width - first), start, target);
+}
+
+// The largest z that at least k logits reach, or less: the k-th largest of the pieces' maxima.
+float top_k_bound(const Row& row, int64_t k, std::vector<float>& piece_max) {
+  int64_t pieces = (row.width + kPiece - 1) / kPiece;
+  if (pieces < k) return -kInf;
+  piece_max.resize(static_cast<size_t>(pieces));
+  for (int64_t i = 0; i < pieces; ++i)
+    piece_max[static_cast<size_t>(i)] = row_max(row_at(row.z, row.dtype, i * kPiece), row.dtype,
+                                                std::min(kPiece, row.width - i * kPiece));
+  std::nth_element(piece_max.begin(), piece_max.begin() + (k - 1), piece_max.end(), std::greater<float>());
+  return piece_max[static_cast<size_t>(k - 1)];
+}
+
+// How many of the candidates, in order, top-p keeps. Halves the undecided range around its median, so that only the
+// neighbourhood of the cut is ever sorted.
+size_t top_p_count(std::vector<Candidate>& c, double target) {
+  size_t low = 0, high = c.size();
+  double mass = 0;
+  while (high - low > 32) {
+    size_t middle = low + (high - low) / 2;
+    std::nth_element(c.begin() + low, c.begin() + middle, c.begin() + high, before);
+    double part = 0;
+    for (size_t i = low; i < middle; ++i) part += c[i].e;
+    if (mass + part >= target) {
+      high = middle;
+    } else {
+      mass += part;
+      low = middle;
+    }
+  }
+  std::sort(c.begin() + low, c.begin() + high, before);
+  size_t count = low;
+  while (count < high && (count == 0 || mass < target)) mass += c[count++].e;
+  return count;
+}
+
+Cut find_cut(const SampleTokenParams& p, const Row& row, const float* e, double sum, Scratch& s) {
+  Cut cut;
+  cut.floor = min_p_threshold(p.min_p);
+  if (!by_top_k(p) && !by_top_p(p)) return cut;
+  auto& c = s.candidates;
+  c.clear();
+  if (by_top_k(p)) {
+    float bound = top_k_bound(row, p.top_k, s.piece_max);
+    for (int64_t j = 0; j < row.width; ++j)
+      if (float z = row.element(j); z >= bound) c.push_back({z, e[j], j});
+    std::nth_element(c.begin(), c.begin() + (p.top_k - 1), c.end(), before);
+    c.resize(static_cast<size_t>(p.top_k));
+    if (!by_top_p(p)) {
+      cut.z = c.back().z;
+      cut.index = c.back().index;
+      return cut;
+    }
+    sum = 0;
+    for (const Candidate& one : c) sum += one.e;
+  } else {
+    // All tokens below this together hold at most (1 - top_p) of the mass: none of them is kept.
+    float bound = static_cast<float>((1.0 - p.top_p) * sum / static_cast<double>(row.width)) * 0.999f;
+    for (int64_t j = 0; j < row.width; ++j)
+      if (e[j] >= bound) c.push_back({row.element(j), e[j], j});
+  }
+  const Candidate& last = c[top_p_count(c, top_p_target(p, sum)) - 1];
+  cut.z = last.z;
+  cut.index = last.index;
+  return cut;
+}
+
+int64_t first_of(const Row& row, float value) {
+  int64_t j = 0;
+  while (row.element(j) != value) ++j;
+  return j;
+}
+
+void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, double inverse, Scratch& s) {
+  Row row{row_at(p.logits, p.dtype, index * p.row_stride), p.dtype, p.width};
+  bool cuts = filtered(p), keep_e = cuts || p.width <= kRowBlock;
+  float max = row_max(row.z, row.dtype, row.width);
+  RowSums sums = row_sums(row.z, row.dtype, row.width, max, inverse_t, 0.0f, s.block_sum.data(),
+                          keep_e ? s.e.data() : nullptr);
+  RowStats stats = finish_row(sums, p.width, inverse);
+  if (stats.log_sum != stats.log_sum) return sample_token_fail(p, index);
+  double kept = sums.e;
+  int64_t id;
+  if (p.temperature == 0.0) {
+    id = first_of(row, max);
+  } else {
+    if (cuts) {
+      filter_row(row, find_cut(p, row, s.e.data(), sums.e, s), s.e.data(), s.block_sum.data());
+      kept = 0;
+      for (int64_t b = 0; b < row_blocks(p.width); ++b) kept += s.block_sum[static_cast<size_t>(b)];
+    }
+    id = draw(s.block_sum.data(), p.width, sample_uniform(p, index) * kept, [&](int64_t b) {
+      int64_t first = b * kRowBlock;
+      if (keep_e) return static_cast<const float*>(s.e.data() + first);
+      row_sums(row_at(row.z, row.dtype, first), row.dtype, std::min(kRowBlock, p.width - first), max, inverse_t, 0.0f,
+               nullptr, s.e.data());
+      return static_cast<const float*>(s.e.data());
+    });
+  }
+  sample_token_finish(p, index, id, row.element(id), sums, stats, kept);
+}
+
+}  // namespace
+
+void sample_token_cpu(const SampleTokenParams& p) {
+  double inverse = 1.0 / sample_temperature(p);
+  float inverse_t = static_cast<float>(inverse);
+  int64_t scratch = filtered(p) ? p.width : std::min(p.width, kRowBlock);
+  parallel_for(p.rows, row_grain(p.width), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch s;
+    s.block_sum.resize(static_cast<size_t>(row_blocks(p.width)));
+    s.e.resize(static_cast<size_t>(scratch));
+    for (int64_t row = begin; row < end; ++row) sample_row(p, row, inverse_t, inverse, s);
+  });
+}
+
+}  // namespace pymathrl
