@@ -71,7 +71,7 @@ struct PolicyLossParams {
   float* grad_entropy;          // [N] out or null
   float* result;                // [kTerms] out
   float* partial;               // workspace [kTerms * policy_loss_blocks(N, device)]
-  float* sequence_work;         // workspace [3, N] where config.sequence_pass(), else null: log s, ds/s, log TIS weight
+  float* sequence_work;         // workspace [3 N] where config.sequence_pass(), else null: log s, ds/s, log TIS weight
   int64_t n, sequences, mean_rows;
   PolicyLossConfig config;
 

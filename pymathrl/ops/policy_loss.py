@@ -327,7 +327,7 @@ def _kernel(
 ) -> PolicyLoss:
     grad_logp = torch.empty_like(logp)
     grad_entropy = torch.empty_like(logp) if numbers["entropy_coef"] else None
-    work = logp.new_empty((3, logp.numel())) if numbers["over_sequences"] else None
+    work = logp.new_empty(3 * logp.numel()) if numbers["over_sequences"] else None
     result = logp.new_empty((1 + _C.policy_loss_blocks(logp.numel(), logp.is_cuda), 1 + len(STATS)))
     _C.policy_loss(
         config, view(logp), optional_view(old_logp), view(advantage), view(coef),
