@@ -15,9 +15,10 @@ __global__ void centre_kernel(GroupAdvantageParams p) {
 // One block: a batch is at most some 100,000 samples, and one block keeps the order of the sums fixed.
 __global__ void batch_kernel(GroupAdvantageParams p) {
   __shared__ double shared[33];
-  Moments own;
+  Moments own = batch_start(p);
   for (int64_t i = threadIdx.x; i < p.samples; i += blockDim.x) batch_moment(p, i, own);
   Moments all;
+  all.origin = own.origin;
   all.weight = block_reduce(own.weight, 0.0, shared, Add());
   all.sum = block_reduce(own.sum, 0.0, shared, Add());
   all.square = block_reduce(own.square, 0.0, shared, Add());

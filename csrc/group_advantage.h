@@ -28,19 +28,21 @@ struct GroupAdvantageParams {
 void group_advantage_cpu(const GroupAdvantageParams& p);
 void group_advantage_cuda(const GroupAdvantageParams& p, int device, void* stream);
 
-// Sums in double: a batch has up to 1e6 samples, and fp32 sums of 0/1 rewards stop being exact at 2^24.
+// Sums in double: a batch has up to 1e6 samples, and fp32 sums of 0/1 rewards stop being exact at 2^24. Measured from
+// `origin`, a value of the sample, so that the variance does not cancel where the mean is much larger than the spread.
 struct Moments {
-  double weight = 0, sum = 0, square = 0;
+  double origin = 0, weight = 0, sum = 0, square = 0;
   HD void add(double value, double w) {
+    value -= origin;
     weight += w;
     sum += w * value;
     square += w * value * value;
   }
-  HD double mean() const { return weight > 0 ? sum / weight : 0.0; }
+  HD double mean() const { return origin + (weight > 0 ? sum / weight : 0.0); }
   HD double variance(int ddof) const {
     if (weight <= ddof) return 0.0;
     double v = (square - sum * sum / weight) / (weight - ddof);
-    return v > 0 ? v : 0.0;
+    return v < 0 ? 0.0 : v;  // rounding may leave -1e-17; nan stays nan
   }
 };
 
@@ -79,12 +81,16 @@ HD void group_centre(const GroupAdvantageParams& p, int64_t group) {
   }
 }
 
-// What the batch-wide scales measure at sample i.
+// What the batch-wide scales measure: the rewards, or the centred advantages.
+HD Moments batch_start(const GroupAdvantageParams& p) {
+  Moments m;
+  if (p.samples > 0) m.origin = p.scale == Scale::batch_std ? p.reward[0] : p.advantage[0];
+  return m;
+}
+
 HD void batch_moment(const GroupAdvantageParams& p, int64_t i, Moments& m) {
-  if (p.scale == Scale::batch_std)
-    m.add(static_cast<double>(p.reward[i]) - p.reward[0], 1.0);  // shifted: equal rewards have variance exactly 0
-  else
-    m.add(p.advantage[i], p.scale == Scale::token_whiten ? static_cast<double>(p.tokens[i]) : 1.0);
+  float value = p.scale == Scale::batch_std ? p.reward[i] : p.advantage[i];
+  m.add(value, p.scale == Scale::token_whiten ? static_cast<double>(p.tokens[i]) : 1.0);
 }
 
 HD float batch_scale(const GroupAdvantageParams& p, const Moments& m, float a) {
