@@ -1,0 +1,204 @@
+"""Tests of the tests: wrong kernels, fed to the comparison that accepts the right one, must be refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from oracle import accepts, relative_l2
+from policy_cases import call, draw
+
+from pymathrl.ops import aggregation_coef, group_advantage, group_advantage_ref
+from pymathrl.ops.policy_loss import STATS
+
+DATA = draw(4096, seed=0)
+COUNT = int(DATA["mask"].sum())
+
+
+def references(case: str, **changes):
+    return (
+        call(DATA, case, dtype=dtype, reference=True, **changes).grad_logp for dtype in (torch.float32, torch.float64)
+    )
+
+
+def autograd(loss_of) -> torch.Tensor:
+    """Gradient of sum_n coef[n] l[n] over the unmasked tokens, for a formula written out here (fp32)."""
+    logp = DATA["logp"].clone().requires_grad_()
+    (DATA["coef"] * torch.where(DATA["mask"], loss_of(logp), 0.0)).sum().backward()
+    return logp.grad
+
+
+def next_q(mean: torch.Tensor, old_mean: torch.Tensor, link: torch.Tensor) -> torch.Tensor:
+    return 0.5 * torch.where(link, mean[1:] - old_mean[1:], 0.0)
+
+
+def rover_with(mean, link=DATA["link"], detach: bool = True):
+    def loss(logp):
+        target = DATA["advantage"] + 0.7 * next_q(mean(logp), DATA["old_mean_logp"], link)
+        return (0.5 * (logp - DATA["old_logp"]) - (target.detach() if detach else target)) ** 2
+
+    return autograd(loss)
+
+
+def mean_of(logp: torch.Tensor) -> torch.Tensor:
+    """The mean log-prob with a path to logp, as it has in a model: the same values, slope 1."""
+    return DATA["mean_logp"] + torch.cat([logp - logp.detach(), torch.zeros(1)])
+
+
+def cispo(logp, detach: bool):
+    ratio = (logp - DATA["old_logp"]).exp().clamp(0.7, 1.2)
+    return -(ratio.detach() if detach else ratio) * DATA["advantage"] * logp
+
+
+def k3_loss(logp, d):
+    ratio = (logp - DATA["old_logp"]).exp()
+    a = DATA["advantage"]
+    policy = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
+    return policy + 0.5 * (d.exp() - d - 1).clamp(max=10)
+
+
+def grad(case: str, **changes) -> torch.Tensor:
+    return call(DATA, case, **changes).grad_logp
+
+
+TIS = (DATA["old_logp"] - DATA["behaviour_logp"]).exp().clamp(max=1.2)
+KL_SHARE = grad("everything") - grad("everything", kl_coef=0.0)
+SEQUENCE_LENGTH = DATA["offsets"].diff()
+
+# name -> (the case it pretends to be, the gradient that a wrong kernel gives)
+MUTANTS = {
+    "no clipping": ("clip", lambda: grad("clip", clip_low=1.0, clip_high=1e9)),
+    "clip_low and clip_high swapped": ("clip", lambda: grad("clip", clip_low=0.28, clip_high=0.2)),
+    "symmetric clip": ("clip", lambda: grad("clip", clip_high=0.2)),
+    "clips without regard to the sign of A": (
+        "clip",
+        lambda: autograd(lambda lp: -DATA["advantage"] * (lp - DATA["old_logp"]).exp().clamp(0.8, 1.28)),
+    ),
+    "advantage sign": ("clip", lambda: grad("clip", advantage=-DATA["advantage"])),
+    "dropped ratio": ("clip", lambda: grad("clip", old_logp=None)),
+    "ratio upside down": ("clip", lambda: grad("clip", logp=DATA["old_logp"], old_logp=DATA["logp"])),
+    "mask ignored": ("clip", lambda: grad("clip", use_mask=False)),
+    "target shifted by one": ("clip", lambda: grad("clip").roll(1)),
+    "no dual clip": ("clip_dual", lambda: grad("clip")),
+    "dual clip for both signs": (
+        "clip_dual",
+        lambda: torch.where((DATA["logp"] - DATA["old_logp"]).exp() > 1.1, 0.0, grad("clip_dual")),
+    ),
+    "delta taken as a dual clip": ("clip_delta", lambda: grad("clip_dual", dual_clip=1.2)),
+    "mean over the chunk instead of the step": (
+        "clip",
+        lambda: grad("clip", coef=DATA["coef"] * 4096 / COUNT),
+    ),
+    "CISPO weight not detached": ("weighted_ratio", lambda: autograd(lambda lp: cispo(lp, detach=False))),
+    "CISPO with PPO's dead zone": ("weighted_ratio", lambda: grad("clip", clip_low=0.3, clip_high=0.2)),
+    "CISPO with a relative cap": ("weighted_ratio", lambda: grad("weighted_ratio", weight_high=2.2)),
+    "token ratios instead of the sequence's": ("sequence_mean", lambda: grad("clip", clip_low=0.02, clip_high=0.03)),
+    "sum of log-ratios instead of the mean": ("sequence_mean", lambda: grad("sequence_mean", sequence="sum")),
+    "masked tokens in the sequence ratio": ("sequence_mean", lambda: grad("sequence_mean", use_mask=False)),
+    "sequence gradient divided by the length once more": (
+        "sequence_mean",
+        lambda: grad("sequence_mean") / SEQUENCE_LENGTH.repeat_interleave(SEQUENCE_LENGTH),
+    ),
+    "ROVER without the factor 2": ("rover", lambda: grad("rover") / 2),
+    "ROVER without rho in the slope": ("rover", lambda: grad("rover") / 0.5),
+    "ROVER without the link of the next token": (
+        "rover",
+        lambda: rover_with(lambda lp: DATA["mean_logp"], link=torch.ones_like(DATA["link"])),
+    ),
+    "ROVER with its own row instead of the next": (
+        "rover",
+        lambda: grad("rover", mean_logp=DATA["mean_logp"].roll(1), old_mean_logp=DATA["old_mean_logp"].roll(1)),
+    ),
+    "ROVER without the next Q": ("rover", lambda: grad("rover", beta=0.0)),
+    "ROVER target not detached": ("rover", lambda: rover_with(mean_of, detach=False)),
+    "ROVER's clip left out": ("rover_clip", lambda: grad("rover", rho=1.0, beta=1.0)),
+    "Lp-Reg on every candidate": ("lp_reg", lambda: grad("lp_reg", proxy_logp=DATA["proxy_logp"].abs())),
+    "Lp-Reg without the proxy": ("lp_reg", lambda: grad("lp_reg", lp_reg_coef=0.0)),
+    "Lp-Reg with a lower clip": ("lp_reg", lambda: grad("lp_reg", clip_low=0.2)),
+    "k3 of the wrong sign": ("kl_k3", lambda: autograd(lambda lp: k3_loss(lp, lp - DATA["ref_logp"]))),
+    "k3 with the gradient of k2": ("kl_k3", lambda: autograd(lambda lp: k3_loss(lp, torch.zeros_like(lp)) + 0.25
+                                                           * (lp - DATA["ref_logp"]) ** 2)),
+    "k1 instead of k3": ("kl_k3", lambda: grad("kl_k1")),
+    "k3+ with the gradient of k3": ("kl_k3+", lambda: grad("kl_k3+", kl="k3")),
+    "KL subtracted": ("kl_k3", lambda: grad("kl_k3", kl_coef=-0.5)),
+    "TIS left out": ("tis_token", lambda: grad("clip", clip_high=0.2)),
+    "TIS not truncated": ("tis_token", lambda: grad("tis_token", tis_cap=1e9)),
+    "TIS of the current policy": (
+        "tis_token",
+        lambda: grad("tis_token", behaviour_logp=DATA["behaviour_logp"] - DATA["logp"] + DATA["old_logp"]),
+    ),
+    "TIS truncates where it should mask": ("tis_mask", lambda: grad("tis_token")),
+    "TIS by token instead of sequence": ("tis_sequence", lambda: TIS * grad("weighted_one")),
+    "TIS applied to the KL too": ("everything", lambda: grad("everything") + (TIS - 1) * KL_SHARE),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_wrong_policy_gradients_are_refused(name):
+    case, wrong = MUTANTS[name]
+    ref32, ref64 = references(case)
+    assert accepts(grad(case), ref32, ref64)
+    gradient = wrong()
+    assert not accepts(gradient, ref32, ref64), f"accepted at relative L2 {relative_l2(gradient, ref64):.1e}"
+
+
+@pytest.mark.parametrize(
+    "case, formula",
+    [
+        ("rover", lambda: rover_with(lambda lp: DATA["mean_logp"])),
+        ("rover", lambda: rover_with(mean_of)),
+        ("weighted_ratio", lambda: autograd(lambda lp: cispo(lp, detach=True))),
+        ("kl_k3", lambda: autograd(lambda lp: k3_loss(lp, DATA["ref_logp"] - lp))),
+    ],
+)
+def test_the_formulas_of_the_mutants_are_right_unmutated(case, formula):
+    """A mutant proves nothing if its formula was wrong for another reason."""
+    assert accepts(formula(), *references(case))
+
+
+def test_normaliser_of_each_micro_batch_is_refused():
+    """Token means inside micro-batches, averaged: the gradient that a well-known trainer had for months."""
+    lengths = [(0, 512), (512, 4096)]
+    wrong = torch.cat([grad("clip")[b:e] * (COUNT / int(DATA["mask"][b:e].sum()) / len(lengths)) for b, e in lengths])
+    assert not accepts(wrong, *references("clip"))
+
+
+def test_sequence_mean_by_padded_length_is_refused():
+    coef = aggregation_coef("seq-mean-token-mean", DATA["mask"], DATA["offsets"], sequences=SEQUENCE_LENGTH.numel())
+    padded = aggregation_coef(
+        "seq-mean-token-mean", torch.ones_like(DATA["mask"]), DATA["offsets"], sequences=SEQUENCE_LENGTH.numel()
+    )
+    assert accepts(grad("clip", coef=coef), *references("clip", coef=coef))
+    assert not accepts(grad("clip", coef=padded), *references("clip", coef=coef))
+
+
+@pytest.mark.parametrize("column, case", [("clip_low", "clip"), ("clip_high", "clip"), ("tis_clipped", "tis_token")])
+def test_counts_differ_from_their_neighbours(column, case):
+    """The flags are not interchangeable on these inputs, so that a swapped pair cannot pass the statistics test."""
+    stats = dict(zip(STATS, call(DATA, case).stats.tolist(), strict=True))
+    others = [v for k, v in stats.items() if k != column and not k.endswith(("_max", "_min"))]
+    assert stats[column] > 100 and stats[column] not in others
+
+
+GROUPS = torch.arange(0, 65, 8)
+REWARD = (torch.rand(64, generator=torch.Generator().manual_seed(3)) * 3).round() * 0.35
+
+ADVANTAGE_MUTANTS = {
+    "population std": ({"scale": "group_std"}, {"scale": "group_std", "ddof": 0}),
+    "eps 1e-4 for 1e-6": ({"scale": "group_std"}, {"scale": "group_std", "eps": 1e-4}),
+    "std of the batch for the group's": ({"scale": "group_std"}, {"scale": "batch_std"}),
+    "mean of the group for mean of the others": ({"centre": "leave_one_out"}, {}),
+    "no centre": ({}, {"centre": "none"}),
+    "samples weighted equally for tokens": (
+        {"scale": "token_whiten", "tokens": torch.arange(1, 65)},
+        {"scale": "token_whiten", "tokens": torch.ones(64, dtype=torch.int64)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ADVANTAGE_MUTANTS)
+def test_wrong_advantages_are_refused(name):
+    right, wrong = ADVANTAGE_MUTANTS[name]
+    ref32 = group_advantage_ref(REWARD, GROUPS, **right).advantage
+    ref64 = group_advantage_ref(REWARD.double(), GROUPS, **right).advantage
+    assert accepts(group_advantage(REWARD, GROUPS, **right).advantage, ref32, ref64)
+    assert not accepts(group_advantage(REWARD, GROUPS, **wrong).advantage, ref32, ref64)
