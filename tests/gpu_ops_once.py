@@ -1,0 +1,117 @@
+"""Each op once on small odd shapes, in every variant that launches another kernel: the program that compute-sanitizer
+watches. Right answers are the op tests' business; here only the memory accesses count.
+
+    python tests/gpu_ops_once.py [--device cuda|cpu] [--planted-overrun]
+
+--planted-overrun instead reads past the end of a tensor on purpose: a checker that reports nothing then checks nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import torch
+
+from pymathrl.ops._call import _C, DTYPES, view
+from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
+from pymathrl.ops.policy_loss import policy_loss
+from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
+
+ROWS, VOCAB = 7, 1031  # a prime: the last vector of each row is a partial one
+
+
+def run_group_advantage(device: str) -> None:
+    reward = torch.rand(23).to(device)
+    offsets = torch.tensor([0, 1, 9, 9, 23]).to(device)  # a group of one, an empty one, one longer than a few lanes
+    tokens, baseline = torch.arange(1, 24).to(device), torch.rand(23).to(device)
+    for centre in CENTRES:
+        for scale in SCALES:
+            group_advantage(
+                reward, offsets, centre=centre, scale=scale,
+                baseline=baseline if centre == "baseline" else None, tokens=tokens if scale == "token_whiten" else None,
+            )  # fmt: skip
+
+
+def run_policy_loss(device: str) -> None:
+    n = 1543  # more than one block, the last one partial
+    logp, old, mean, old_mean, ref, proxy, behaviour = (-3 * torch.rand(7, n)).to(device)
+    advantage, coef, entropy = torch.randn(n).to(device), torch.full((n,), 1 / n).to(device), torch.rand(n).to(device)
+    some = (torch.arange(n) % 3 > 0).to(device)
+    link = some.clone()
+    link[-1] = False
+    offsets = torch.tensor([0, 5, 700, n]).to(device)
+    forms = (
+        {"form": "clip", "dual_clip": 10.0},
+        {"form": "weighted", "weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2},
+        {"form": "sequence", "sequence": "mean", "clip_low": 3e-4, "clip_high": 4e-4, "offsets": offsets},
+        {"form": "rover", "mean_logp": mean, "old_mean_logp": old_mean, "link": link},
+        {"form": "lp_reg", "proxy_logp": proxy, "selected": some},
+    )
+    for form in forms:
+        policy_loss(logp, old, advantage, coef, mask=some, **form)
+    add_ons = {
+        "kl": "k3", "kl_coef": 0.1, "ref_logp": ref, "entropy": entropy, "entropy_coef": 0.01,
+        "behaviour_logp": behaviour, "tis_cap": 2.0,
+    }  # fmt: skip
+    policy_loss(logp, old, advantage, coef, form="clip", **add_ons)
+    policy_loss(logp, old, advantage, coef, form="clip", tis_level="sequence", offsets=offsets, **add_ons)
+
+
+def run_token_logprob(device: str) -> None:
+    ids = (torch.arange(ROWS) * 97 % VOCAB).to(device)
+    grad = torch.randn(ROWS).to(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.randn(ROWS, VOCAB + 5).to(dtype).to(device)
+        for logits in (wide[:, :VOCAB], wide[:, 5:].contiguous()):  # a row stride, and dense rows of odd alignment
+            out = token_logprob(logits, ids, min_p=0.05)
+            token_logprob_backward_(logits, ids, out.lse, out.entropy, grad, grad)
+
+
+def run_sample_token(device: str) -> None:
+    uid, step = torch.arange(ROWS).to(device), torch.arange(ROWS).to(device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = (3 * torch.randn(ROWS, VOCAB)).to(dtype).to(device)
+        for options in ({}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"top_p": 0.5}):
+            sample_token(logits, 1, uid, step, **options)
+
+
+RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
+    "group_advantage": run_group_advantage,
+    "policy_loss": run_policy_loss,
+    "token_logprob": run_token_logprob,
+    "sample_token": run_sample_token,
+}
+
+
+def planted_overrun() -> None:
+    """group_advantage on a tensor that claims a million more elements than its memory holds."""
+    count = 1 << 20
+    reward = torch.zeros(8).to("cuda")
+    claimed = _C.Tensor(reward.data_ptr(), DTYPES[reward.dtype], (count,), (1,), reward.get_device())
+    offsets = torch.tensor([0, count]).to("cuda")
+    out, equal = torch.zeros(count).to("cuda"), torch.zeros(1, dtype=torch.bool).to("cuda")
+    stream = torch.cuda.current_stream().cuda_stream
+    _C.group_advantage(claimed, view(offsets), None, None, view(out), view(equal), 1, 0, 1e-6, 1, stream)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--planted-overrun", action="store_true", help="an access out of bounds, on purpose (cuda)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    if args.planted_overrun:
+        planted_overrun()
+        torch.cuda.synchronize()
+        return
+    for op, run in RUNS.items():
+        run(args.device)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        print(f"{op}: done")
+
+
+if __name__ == "__main__":
+    main()
