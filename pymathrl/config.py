@@ -226,17 +226,27 @@ def _add_options(parser: argparse.ArgumentParser, title: str, cls: type) -> None
         group.add_argument(flag(f.name), metavar=metavar, help=(f.metadata["help"] + default).replace("%", "%%"))
 
 
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    width = min(120, shutil.get_terminal_size().columns)
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
+
+
 def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
+    """The whole command line. With several algorithms (help without --algo) their own options are text at the end."""
     listed = "\n".join(f"  {a.name:<12} {a.summary} ({a.paper})" for a in REGISTRY.values())
     presets = "\n".join(
         f"  {model}: " + ", ".join(f"{flag(k)} {v}" for k, v in preset.items()) for model, preset in PRESETS.items()
     )
+    epilog = []
+    for algo in algos if len(algos) > 1 else []:
+        own = _Parser(usage=argparse.SUPPRESS, add_help=False, formatter_class=_formatter)
+        _add_options(own, f"--algo {algo.name}", algo.config)
+        epilog.append(own.format_help().strip())
     parser = _Parser(
         prog="python -m pymathrl.train",
         description=f"{HEADER}\n\nalgorithms:\n{listed}\n\ndefaults that differ for a built-in model:\n{presets}",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=34, width=min(120, shutil.get_terminal_size().columns)
-        ),
+        epilog="\n\n".join(epilog),
+        formatter_class=_formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--algo", metavar="NAME", help=f"one of {', '.join(REGISTRY)} (needed, except with --resume)")
@@ -246,8 +256,8 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
         "--dry-run", action="store_true", help="print the plan (model, memory, tokens per step) and exit"
     )
     _add_options(parser, "every run", TrainConfig)
-    for algo in algos:
-        _add_options(parser, f"--algo {algo.name}", algo.config)
+    if len(algos) == 1:
+        _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
     group = parser.add_argument_group("--task countdown" if not task_defaults else "the task")
     for key, default in task_defaults.items():
         group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=f"[{default}]")

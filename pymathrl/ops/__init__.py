@@ -1,0 +1,38 @@
+"""The kernels: one thin wrapper each, with its plain torch reference `<op>_ref` beside it. Usable from any training loop.
+
+PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
+"""
+
+from pymathrl.ops._call import IMPL, WHY
+from pymathrl.ops.aggregation import aggregation_coef
+from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
+from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
+from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
+from pymathrl.ops.token_logprob import (
+    TokenLogprob,
+    token_logprob,
+    token_logprob_backward_,
+    token_logprob_backward_ref,
+    token_logprob_ref,
+)
+
+__all__ = [
+    "IMPL",
+    "WHY",
+    "GroupAdvantage",
+    "PolicyLoss",
+    "SampleToken",
+    "TokenLogprob",
+    "aggregation_coef",
+    "group_advantage",
+    "group_advantage_ref",
+    "merge_stats",
+    "policy_loss",
+    "policy_loss_ref",
+    "sample_token",
+    "sample_token_ref",
+    "token_logprob",
+    "token_logprob_backward_",
+    "token_logprob_backward_ref",
+    "token_logprob_ref",
+]

@@ -1,0 +1,262 @@
+"""python -m pymathrl.eval: pass@k, diversity and length of a model on the held-out problems of a task.
+
+Every sample comes from the same batched generation as training, and its random numbers depend only on (seed, problem,
+sample): two models, or one model before and after training, are compared on the same draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymathrl import devices
+from pymathrl.batch import STOP_LENGTH, STOP_NAMES, Rollout
+from pymathrl.checkpoint import explain_os_errors, write_atomic
+from pymathrl.errors import UserError
+from pymathrl.log import show_time
+from pymathrl.metrics import completion_stats, evaluate_samples
+from pymathrl.models import Policy, load
+from pymathrl.prompt import encode
+from pymathrl.rollout import generate
+from pymathrl.tasks import Grade, Problem, Task, load_task
+from pymathrl.verify import verify
+
+EVAL_STREAM = 0x65766131 << 32  # mixed into the seed: an evaluation never repeats a draw of a training rollout
+
+
+def sample_uids(problems: Sequence[Problem], samples: int) -> torch.Tensor:
+    """int64 [P*samples]: the identity of each sample, which keys its random numbers: (problem uid, sample index)."""
+    problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
+    return ((problem << 16)[:, None] + torch.arange(samples)).flatten()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metrics: pass@k and its standard error over problems, diversity, coverage, lengths; per problem its grades, texts, stops, lengths."""
+
+    metrics: dict[str, float]
+    problems: list[Problem]
+    grades: list[list[Grade]]
+    texts: list[list[str]]
+    stops: list[list[str]]
+    lengths: list[list[int]]
+    tokens: int  # generated
+    seconds: float
+    too_long: int  # problems left out because of their prompt's length
+
+
+def evaluate(
+    policy: Policy,
+    task: Task,
+    problems: Sequence[Problem],
+    *,
+    samples: int,
+    ks: Sequence[int],
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    rows: int = 512,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Samples `samples` responses per problem and grades them. pass@k counts exact correctness, never the reward.
+
+    `rows` responses are decoded side by side; on_progress(done, total) is called after each part, in problems.
+    """
+    start = time.perf_counter()
+    encoded = [(p, encode(policy, task, p)) for p in problems]
+    kept = [(p, ids) for p, ids in encoded if len(ids) <= max_prompt_tokens]
+    if not kept:
+        raise UserError(
+            f"no problem to evaluate: all {len(problems)} prompts of the task {task.name} exceed {max_prompt_tokens} tokens"
+        )
+    per_part = max(1, rows // samples)
+    grades, texts, stops, lengths = [], [], [], []
+    tokens = 0
+    for begin in range(0, len(kept), per_part):
+        part = kept[begin : begin + per_part]
+        chosen = [p for p, _ in part]
+        rollout: Rollout = generate(
+            policy, [ids for _, ids in part], samples, max_new_tokens, seed=seed ^ EVAL_STREAM,
+            uids=sample_uids(chosen, samples), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            max_batch=rows,
+        )  # fmt: skip
+        verdicts = verify(rollout, chosen, task, policy.tokenizer)
+        stop, length = rollout.stop.tolist(), rollout.response_lengths.tolist()
+        for i in range(len(part)):
+            own = slice(i * samples, (i + 1) * samples)
+            grades.append(verdicts.grades[own])
+            texts.append(verdicts.texts[own])
+            stops.append([STOP_NAMES[s] for s in stop[own]])
+            lengths.append(length[own])
+        tokens += sum(length)
+        if on_progress is not None:
+            on_progress(min(begin + per_part, len(kept)), len(kept))
+    metrics = evaluate_samples(
+        [[g.correct for g in row] for row in grades], [[g.canonical for g in row] for row in grades], ks
+    )
+    flat = [n for row in lengths for n in row]
+    metrics.update(completion_stats(flat, [s == STOP_NAMES[STOP_LENGTH] for row in stops for s in row]))
+    seconds = time.perf_counter() - start
+    return Evaluation(
+        metrics, [p for p, _ in kept], grades, texts, stops, lengths, tokens, seconds, len(encoded) - len(kept)
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise UserError(f"{message}; see --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m pymathrl.eval", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add(
+        "--model", required=True, help="a folder in the Hugging Face layout (a checkpoint), a hub name, or builtin:tiny"
+    )
+    add("--task", default="countdown", help="a task or a problem file PATH.jsonl, all rows of it [countdown]")
+    add("--problems", type=int, help="held-out problems [1024 generated ones, or every row of a file]")
+    add("--n", type=int, default=64, help="responses sampled per problem [64]")
+    add("--k", default="1,8,64", help="the k of pass@k, comma-separated; those above --n are left out [1,8,64]")
+    add("--temperature", type=float, default=1.0, help="sampling temperature; 0 = greedy [1.0]")
+    add("--top-p", type=float, default=1.0, help="nucleus mass [1.0]")
+    add("--top-k", type=int, default=0, help="most likely tokens kept; 0 = all [0]")
+    add("--min-p", type=float, default=0.0, help="tokens below this share of the top probability are cut [0]")
+    add(
+        "--max-new-tokens",
+        type=int,
+        help="length limit of a response, in tokens [64 for the built-in model, else 1024]",
+    )
+    add(
+        "--max-prompt-tokens",
+        type=int,
+        default=1024,
+        help="problems with longer prompts are left out, and counted [1024]",
+    )
+    add("--rows", type=int, default=512, help="responses decoded side by side [512]")
+    add("--seed", type=int, default=0, help="fixes the samples [0]")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--threads", type=int, default=0, help="CPU threads; 0 = all cores [0]")
+    add("--json", help="write metrics and every graded response to this file")
+    return parser
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    args = _parser().parse_args(argv)
+    for name, low in (("n", 1), ("rows", 1), ("max_prompt_tokens", 1), ("seed", 0), ("threads", 0), ("top_k", 0)):
+        if getattr(args, name) < low:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}")
+    for name in ("problems", "max_new_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
+    if not args.temperature >= 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
+        raise UserError(
+            f"expected --temperature >= 0, --top-p in (0, 1] and --min-p in [0, 1], "
+            f"got {args.temperature}, {args.top_p} and {args.min_p}"
+        )
+    try:
+        wanted = sorted({int(k) for k in args.k.split(",")})
+    except ValueError:
+        raise UserError(f"--k: expected whole numbers like 1,8,64, got {args.k!r}") from None
+    if wanted[0] < 1:
+        raise UserError(f"--k: expected numbers of at least 1, got {args.k!r}")
+    ks = [k for k in wanted if k <= args.n]
+    if not ks:
+        raise UserError(f"--k: expected a k of at most --n {args.n}, got {args.k!r}")
+    device = devices.resolve(args.device)
+    devices.set_threads(args.threads)
+    task = load_task(args.task, split="all") if args.task.endswith(".jsonl") else load_task(args.task)
+    policy = load(args.model, device)
+    limit = args.max_new_tokens or (64 if policy.prompt_style == "compact" else 1024)
+    problems = task.test(args.problems)
+    if args.problems is not None and len(problems) < args.problems:
+        print(
+            f"note: {args.task} holds {len(problems)} problems, fewer than the {args.problems} asked for",
+            file=sys.stderr,
+        )
+    tty = sys.stderr.isatty()
+
+    def progress(done: int, total: int) -> None:
+        if tty:
+            print(f"\r{done}/{total} problems", end="" if done < total else "\n", file=sys.stderr, flush=True)
+
+    result = evaluate(
+        policy, task, problems, samples=args.n, ks=ks, max_new_tokens=limit, max_prompt_tokens=args.max_prompt_tokens,
+        seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
+        rows=args.rows, on_progress=progress,
+    )  # fmt: skip
+    _print(args, ks, result)
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"} | {"max_new_tokens": limit}
+        path = Path(args.json)
+        with explain_os_errors("write the evaluation", path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, json.dumps(_record(settings, result), indent=1).encode())
+
+
+def _print(args: argparse.Namespace, ks: Sequence[int], result: Evaluation) -> None:
+    m = result.metrics
+    print(
+        f"{args.model} on {args.task}: {len(result.grades)} problems x {args.n} responses, temperature {args.temperature:g}"
+    )
+    if result.too_long:
+        print(f"  left out        {result.too_long} problems with prompts over {args.max_prompt_tokens} tokens")
+    for k in ks:
+        print(
+            f"  pass@{k:<10} {100 * m[f'pass@{k}']:6.2f} % +- {100 * m[f'pass@{k}_se']:.2f} (standard error over problems)"
+        )
+    print(
+        f"  diversity       {m['diversity']:6.2f} distinct correct solutions per solved problem ({100 * m['coverage']:.1f} % solved)"
+    )
+    print(
+        f"  response length {m['completions/mean_length']:6.1f} tokens, {100 * m['completions/clipped_ratio']:.1f} % cut off"
+    )
+    print(f"  {result.tokens:,} tokens in {show_time(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s")
+
+
+def _record(settings: dict[str, Any], result: Evaluation) -> dict[str, Any]:
+    rows = []
+    for problem, grades, texts, stops, lengths in zip(
+        result.problems, result.grades, result.texts, result.stops, result.lengths, strict=True
+    ):
+        responses = [
+            {"text": t, "reward": g.reward, "correct": g.correct, "reason": g.reason, "stop": s, "tokens": n}
+            for t, g, s, n in zip(texts, grades, stops, lengths, strict=True)
+        ]
+        rows.append({"question": problem.question, "answer": problem.answer, "responses": responses})
+    return {
+        "settings": settings,
+        "metrics": result.metrics,
+        "tokens": result.tokens,
+        "seconds": result.seconds,
+        "problems": rows,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0, or 2 with one sentence on stderr where the input cannot be used."""
+    try:
+        _run(argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,426 @@
+"""python -m pymathrl.train --algo NAME: generation, verification and update in one process, on one copy of the weights.
+
+A step is six stages, and each is one file: prompt, rollout, verify, advantage, loss, optim. This file only hands the
+batch from one to the next, evaluates, and keeps what a person needs: progress, files, checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pymathrl import devices
+from pymathrl.advantage import advantage
+from pymathrl.batch import Batch, Rollout
+from pymathrl.checkpoint import (
+    clean_checkpoints,
+    explain_os_errors,
+    latest_checkpoint,
+    load_state,
+    save_checkpoint,
+    truncate_metrics,
+    write_atomic,
+)
+from pymathrl.config import Run, parse_train, write_toml
+from pymathrl.errors import UserError
+from pymathrl.eval import evaluate, sample_uids
+from pymathrl.log import RunLog, StageTimer
+from pymathrl.loss import LossReport, minibatch_loss
+from pymathrl.metrics import completion_stats
+from pymathrl.models import Policy, load, save
+from pymathrl.ops._call import WHY
+from pymathrl.ops.policy_loss import STATS, merge_stats
+from pymathrl.optim import Optimizer, StepReport
+from pymathrl.prompt import Prompts, draw
+from pymathrl.report import plot_run
+from pymathrl.rollout import generate
+from pymathrl.tasks import Task, load_task
+from pymathrl.verify import Verdicts, verify
+
+EVAL_KS = (1, 8)
+MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
+
+
+@dataclass
+class State:
+    """All that a resumed run needs besides the weights and the optimizer; plain data, saved with each checkpoint.
+
+    Random numbers need no state: every draw is a pure function of (seed, problem, sample, position).
+    """
+
+    step: int = 0  # steps done
+    cursor: int = 0  # next element of the task's stream
+    wall_s: float = 0.0  # of all sessions of the run
+    tokens: int = 0  # generated
+    skipped: int = 0  # optimizer steps left out because of a nan or an infinity
+    skips_in_a_row: int = 0
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation before training
+
+
+class Stop:
+    """Ctrl-C or SIGTERM once: finish the step, save, exit. Twice: exit at once; the last checkpoint stays."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
+def train(run: Run) -> int:
+    """Runs the command line `run`. Returns the exit code: 0, or 130 when it was interrupted and saved."""
+    config = run.train
+    device = devices.resolve(config.device)
+    threads = devices.set_threads(config.threads)
+    task = load_task(config.task, **run.task_options)
+    checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
+    policy = load(str(checkpoint or config.model), device)
+    if config.prompt_style != "auto":
+        policy = replace(policy, prompt_style=config.prompt_style)
+    policy.model.train()
+    optimizer = Optimizer(policy.model, config, config.steps * config.epochs * config.minibatches)
+    plan = describe(run, policy, device, threads)
+    if run.dry_run:
+        print("\n".join(plan))
+        return 0
+    state = State()
+    if run.resume is None or checkpoint is None:
+        out = new_run_dir(run)
+    else:
+        out = run.resume
+        saved = load_state(checkpoint)
+        optimizer.load_state_dict(saved["optimizer"])
+        state = State(**saved["state"])
+        if state.step >= config.steps:
+            print(f"{out}: all {state.step} steps are done; give a larger --steps to go on")
+            return 0
+        clean_checkpoints(out)
+        truncate_metrics(out, state.step)
+    with explain_os_errors("write the run's options", out / "config.toml"):
+        write_atomic(out / "config.toml", write_toml(run.values()).encode())
+
+    title = f"{run.algo.name} on {config.task}, seed {config.seed}"
+    with Stop() as stop, RunLog(out, config.steps, start_step=state.step, title=title) as log:
+        for line in plan:
+            log.note(line)
+        if checkpoint is not None:
+            log.note(f"resumed from {checkpoint}")
+        session = Session(run, policy, task, optimizer, state, log, out)
+        session.loop(stop)
+        if stop.asked:
+            log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.train --resume {out}")
+            return 130
+        session.finish()
+    with explain_os_errors("draw the curves", out):
+        plot_run(out)
+    print(f"run folder: {out}")
+    return 0
+
+
+@dataclass
+class Session:
+    """One sitting of a run: what the loop works on."""
+
+    run: Run
+    policy: Policy
+    task: Task
+    optimizer: Optimizer
+    state: State
+    log: RunLog
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.timer = StageTimer(on_enter=self.log.stage)
+        self.spec = self.run.algo.loss(self.run.own)
+        self.started = time.perf_counter() - self.state.wall_s
+        self.saved_step = -1
+
+    def loop(self, stop: Stop) -> None:
+        config, state = self.run.train, self.state
+        if state.step == 0 and not state.before:
+            state.before = self.evaluate(config.eval_problems, config.eval_samples)
+        while state.step < config.steps and not stop.asked:
+            metrics, samples = self.step()
+            state.step += 1
+            last = state.step == config.steps
+            if not last and config.eval_every and state.step % config.eval_every == 0:
+                self.evaluate(config.eval_problems_during, config.eval_samples_during)
+            # The log first: a kill in between then repeats a step whose lines the resume drops, and loses none.
+            self.log.samples(state.step, samples)
+            self.log.step(state.step, metrics | self.timer.pop())
+            due = config.checkpoint_every and state.step % config.checkpoint_every == 0
+            if due or stop.asked or last:
+                self.save()
+        if stop.asked and self.saved_step != state.step:
+            self.save()
+
+    def step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """One pass of the six stages: (metrics, rows for samples.jsonl)."""
+        run, config, policy, state, timer = self.run, self.run.train, self.policy, self.state, self.timer
+        begin = time.perf_counter()
+        with timer("prompt"):
+            prompts = draw(policy, self.task, cursor=state.cursor, count=config.prompts_per_step, seed=config.seed,
+                           max_tokens=config.max_prompt_tokens)  # fmt: skip
+        with timer("rollout"):
+            rollout = generate(policy, prompts.ids, config.samples_per_prompt, config.max_new_tokens, seed=config.seed,
+                               uids=sample_uids(prompts.problems, config.samples_per_prompt),
+                               temperature=config.temperature, max_batch=config.rollout_rows)  # fmt: skip
+        with timer("verify"):
+            verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
+        metrics = rollout_metrics(rollout, verdicts, config.samples_per_prompt)
+        if bool(torch.isfinite(verdicts.reward).all()):
+            with timer("advantage"):
+                advantages = advantage(rollout, verdicts.reward, verdicts.correct, run.algo, run.own)
+            metrics["frac_reward_zero_std"] = float(advantages.equal.float().mean())
+            metrics |= self.update(advantages.batch)
+        else:
+            bad = int((~torch.isfinite(verdicts.reward)).sum())
+            self.log.note(
+                f"step {state.step + 1}: {bad} rewards are nan or infinite; no update, the weights stay as they were"
+            )
+            self.count_skips([False])
+        state.cursor = prompts.cursor
+        generated = int(rollout.response_lengths.sum())
+        state.tokens += generated
+        metrics |= {
+            "tokens": state.tokens,
+            "tokens_per_second": generated / (time.perf_counter() - begin),
+            "prompts/too_long": prompts.too_long,
+            "updates/skipped": state.skipped,
+        }
+        return metrics, sample_rows(prompts, verdicts, config)
+
+    def update(self, batch: Batch) -> dict[str, Any]:
+        """The optimizer steps of one batch. Whole groups go into a minibatch, in the order they were drawn."""
+        config = self.run.train
+        rows = torch.arange(batch.rollout.rows, device=batch.rollout.device)
+        losses: list[LossReport] = []
+        steps: list[StepReport] = []
+        for _ in range(config.epochs):
+            for part in rows.chunk(config.minibatches):
+                with self.timer("loss"):
+                    report = minibatch_loss(
+                        self.policy.model, batch, part, self.spec, temperature=config.temperature,
+                        token_budget=config.tokens_per_microbatch, max_new_tokens=config.max_new_tokens,
+                    )  # fmt: skip
+                    finite = math.isfinite(float(report.loss))
+                with self.timer("optim"):
+                    steps.append(self.optimizer.step(finite))
+                losses.append(report)
+        self.count_skips([s.applied for s in steps])
+        return update_metrics(losses, steps)
+
+    def count_skips(self, applied: Sequence[bool]) -> None:
+        """Counts optimizer steps that were left out, says so, and gives up after MAX_SKIPS in a row."""
+        state = self.state
+        for ok in applied:
+            state.skips_in_a_row = 0 if ok else state.skips_in_a_row + 1
+            state.skipped += not ok
+        missed = len(applied) - sum(applied)
+        if missed:
+            self.log.note(
+                f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity); weights unchanged by them"
+            )
+        if state.skips_in_a_row >= MAX_SKIPS:
+            raise UserError(
+                f"{state.skips_in_a_row} updates in a row had nan or infinite rewards, losses or gradients and were "
+                f"skipped; the checkpoints in {self.out / 'checkpoints'} are whole: look at the task's rewards, or lower --lr"
+            )
+
+    def evaluate(self, problems: int, samples: int) -> dict[str, float]:
+        """pass@1, pass@8, diversity and lengths on the held-out problems, logged under eval/."""
+        config = self.run.train
+        with self.timer("eval"):
+            result = evaluate(
+                self.policy, self.task, self.task.test(problems), samples=samples,
+                ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=config.max_new_tokens,
+                max_prompt_tokens=config.max_prompt_tokens, temperature=config.temperature, rows=config.rollout_rows,
+            )  # fmt: skip
+        self.log.eval(self.state.step, "eval", result.metrics)
+        return result.metrics
+
+    def save(self) -> None:
+        with self.timer("checkpoint"):
+            self.state.wall_s = time.perf_counter() - self.started
+            content = {"optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy()}
+            save_checkpoint(
+                self.out, self.state.step, lambda folder: save(self.policy, folder), content,
+                keep=self.run.train.keep_checkpoints,
+            )  # fmt: skip
+        self.saved_step = self.state.step
+
+    def finish(self) -> None:
+        """The evaluation after training, and summary.json."""
+        config, state = self.run.train, self.state
+        after = self.evaluate(config.eval_problems, config.eval_samples)
+        wall = time.perf_counter() - self.started
+        self.log.summary({
+            "algo": self.run.algo.name, "task": config.task, "model": config.model, "seed": config.seed,
+            "steps": state.step, "before": state.before, "after": after, "wall_s": wall,
+            "tokens": state.tokens, "tokens_per_second": state.tokens / wall, "skipped_updates": state.skipped,
+        })  # fmt: skip
+
+
+def newest_checkpoint(out: Path) -> Path:
+    """The newest whole checkpoint of the run in `out`; damaged ones are named and passed over."""
+    found = latest_checkpoint(out, on_skip=lambda text: print(f"note: {text}", file=sys.stderr))
+    if found is None:
+        raise UserError(f"--resume {out}: no whole checkpoint there; start a new run with --out")
+    return found[1]
+
+
+def new_run_dir(run: Run) -> Path:
+    """--out, which must not hold a run yet; without it the first free name under runs/."""
+    config = run.train
+    if config.out is not None:
+        out = Path(config.out)
+        if (out / "config.toml").exists():
+            raise UserError(
+                f"--out {out}: a run is there already; continue it with --resume {out}, or name another folder"
+            )
+    else:
+        stem = Path("runs") / f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}"
+        out, number = stem, 2
+        while out.exists():
+            out, number = Path(f"{stem}-{number}"), number + 1
+    with explain_os_errors("make the run folder", out):
+        out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> list[str]:
+    """The plan of a run, a few lines: model, kernels, memory, tokens per step."""
+    c, m = run.train, policy.config
+    count = sum(p.numel() for p in policy.model.parameters())
+    size = policy.model.embed.element_size()
+    rows = c.prompts_per_step * c.samples_per_prompt
+    side = min(rows, c.rollout_rows)
+    context = min(c.max_prompt_tokens + c.max_new_tokens, m.max_positions)
+    weights = count * size
+    update = count * (size + 8)  # gradients, and two fp32 moments of AdamW
+    cache = side * context * 2 * m.num_layers * m.num_kv_heads * m.head_dim * size
+    # kept for the backward pass per token and layer: about 12 vectors of width D, 5 of the MLP's width
+    activations = c.tokens_per_microbatch * m.num_layers * (12 * m.hidden_size + 5 * m.intermediate_size) * size
+    total, free = weights + update + max(cache, activations), devices.free_bytes(device)
+    where = f"{threads} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    lines = [
+        f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
+        f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
+        f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
+        f"device    {device}: {where}; {WHY}",
+        f"memory    {_gib(total)} at most of {_gib(free)} free: weights {_gib(weights)}, gradients and AdamW {_gib(update)}, "
+        f"then KV cache {_gib(cache)} or activations {_gib(activations)}",
+        f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most {c.max_new_tokens} tokens "
+        f"= {rows * c.max_new_tokens:,} tokens at most; {c.epochs * c.minibatches} updates of "
+        f"{rows // c.minibatches} responses; {c.steps} steps",
+    ]  # fmt: skip
+    if total > free:
+        lines.append(
+            "warning   this may not fit: lower --rollout-rows (KV cache) or --tokens-per-microbatch (activations)"
+        )
+    return lines
+
+
+def _gib(count: float) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
+def rollout_metrics(rollout: Rollout, verdicts: Verdicts, group: int) -> dict[str, Any]:
+    """What the rollouts say, before any update."""
+    sampled = rollout.sampled_mask
+    lengths = rollout.response_lengths
+    rewards = verdicts.reward.double()
+    return {
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.view(-1, group).std(1).mean()),
+        "accuracy": float(verdicts.correct.float().mean()),
+        "entropy": float(rollout.entropy[sampled].mean()),
+        "completions/min_length": int(lengths.min()),
+        "completions/max_length": int(lengths.max()),
+        **completion_stats(lengths.tolist(), (rollout.stop != 0).tolist()),
+    }
+
+
+def update_metrics(losses: Sequence[LossReport], steps: Sequence[StepReport]) -> dict[str, Any]:
+    """What the optimizer steps of a batch say. logp_gap compares sampler and update pass before the first of them."""
+    metrics: dict[str, Any] = {
+        "loss": sum(float(r.loss) for r in losses) / len(losses),
+        "grad_norm": sum(s.grad_norm for s in steps) / len(steps),
+        "learning_rate": steps[-1].learning_rate,
+        "updates/idle_rows": sum(r.idle_rows for r in losses),
+    }
+    tables = [t for r in losses for t in r.stats]
+    if not tables:
+        return metrics
+    s = dict(zip(STATS, merge_stats(tables).tolist(), strict=True))
+    tokens = max(1.0, s["tokens"])
+    metrics |= {
+        "ratio/mean": s["ratio"] / tokens,
+        "ratio/max": s["ratio_max"],
+        "kl": s["old_k3"] / tokens,  # of the sampling policy to the current one, mean over tokens
+        "clip_ratio/low": s["clip_low"] / tokens,
+        "clip_ratio/high": s["clip_high"] / tokens,
+    }
+    if math.isfinite(s["q_max"]):  # a ROVER run
+        for name in ("q", "next_q", "target"):
+            metrics |= {
+                f"rover/{name}_min": s[f"{name}_min"],
+                f"rover/{name}_mean": s[name] / tokens,
+                f"rover/{name}_max": s[f"{name}_max"],
+            }
+        metrics |= {"rover/q_above": s["q_above"] / tokens, "rover/q_below": s["q_below"] / tokens}
+    if losses[0].stats:
+        first = dict(zip(STATS, merge_stats(losses[0].stats).tolist(), strict=True))
+        metrics["logp_gap/mean"] = first["log_ratio_abs"] / max(1.0, first["tokens"])
+        metrics["logp_gap/max"] = first["log_ratio_abs_max"]
+    return metrics
+
+
+def sample_rows(prompts: Prompts, verdicts: Verdicts, config: Any) -> list[dict[str, Any]]:
+    """The first response of each of the first problems, for reading."""
+    rows = []
+    for i, problem in enumerate(prompts.problems[: config.samples_per_step]):
+        at = i * config.samples_per_prompt
+        grade = verdicts.grades[at]
+        rows.append({
+            "problem": problem.question, "text": verdicts.texts[at], "reward": grade.reward,
+            "correct": grade.correct, "reason": grade.reason,
+        })  # fmt: skip
+    return rows
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code 0; 2 with one sentence on stderr where the input cannot be used; 130 when interrupted."""
+    try:
+        return train(parse_train(None if argv is None else list(argv)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the last checkpoint is whole", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

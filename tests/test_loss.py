@@ -1,0 +1,146 @@
+"""The fused head against all logits at once under autograd, for every form, and its invariance under chunking."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from pymathrl.algos import LossSpec
+from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
+from pymathrl.ops.policy_loss import policy_loss_ref
+from tests.tiny import tiny_policy
+
+N, D, V = 53, 24, 384
+CUTS = torch.tensor([0, 1, 20, 37, 53])  # four sequences, one of a single token
+SPECS = {
+    "clip": LossSpec("clip", terms={"clip_low": 0.2, "clip_high": 0.28}),
+    "clip-entropy": LossSpec("clip", terms={"clip_low": 0.2, "clip_high": 0.28, "entropy_coef": 0.01}),
+    "weighted": LossSpec("weighted", terms={"weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2}),
+    "sequence": LossSpec("sequence", terms={"sequence": "mean", "clip_low": 0.1, "clip_high": 0.1}),
+    "rover": LossSpec("rover", terms={"rho": 1.0, "beta": 1.0}),
+}
+
+
+def problem(dtype=torch.float32):
+    """Hidden states whose logits are about 5 N(0,1), tokens from the policy, old log-probs 0.3 N(0,1) away."""
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(N, D, generator=g)
+    weight = torch.randn(V, D, generator=g) * 5 / D**0.5
+    logits = hidden @ weight.T / 0.8
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=g)[:, 0]
+    logps = logits.log_softmax(-1)
+    old = logps.gather(1, targets[:, None])[:, 0] + 0.3 * torch.randn(N, generator=g)
+    link = torch.ones(N, dtype=torch.uint8)
+    link[CUTS[1:] - 1] = 0
+    terms = TokenTerms(
+        old_logp=old, advantage=torch.randn(N, generator=g), coef=torch.rand(N, generator=g) / N,
+        old_mean_logp=logps.mean(-1) + 0.1 * torch.randn(N, generator=g), link=link, offsets=CUTS,
+    )  # fmt: skip
+    return hidden, weight, targets, terms
+
+
+def naive(hidden, weight, targets, terms, spec, dtype):
+    """All logits at once, plain torch, autograd."""
+    h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    logps = torch.log_softmax(h @ w.T / 0.8, -1)
+    logp = logps.gather(1, targets[:, None])[:, 0]
+    extra = dict(spec.terms)
+    if spec.form == "rover":
+        extra |= dict(mean_logp=logps.mean(-1).detach(), old_mean_logp=terms.old_mean_logp.to(dtype), link=terms.link)
+    if spec.form == "sequence":
+        extra |= dict(offsets=terms.offsets)
+    if "entropy_coef" in extra:
+        extra |= dict(entropy=-(logps.exp() * logps).sum(-1))
+    out = policy_loss_ref(
+        logp, terms.old_logp.to(dtype), terms.advantage.to(dtype), terms.coef.to(dtype), form=spec.form, **extra
+    )
+    out.loss.backward()
+    return out.loss.detach(), h.grad, w.grad
+
+
+def ours(hidden, weight, targets, terms, spec, chunk):
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    out = fused_policy_loss(h, w, targets, terms, spec, temperature=0.8, chunk_rows=chunk)
+    (3.0 * out.loss).backward()  # any factor must pass through
+    return out.loss.detach(), h.grad / 3, w.grad / 3
+
+
+def distance(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+@pytest.mark.parametrize("chunk", [1000, 16, 1])
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_all_logits_at_once(name, chunk):
+    args = problem()
+    expected = naive(*args, SPECS[name], torch.float64)
+    single = naive(*args, SPECS[name], torch.float32)
+    got = ours(*args, SPECS[name], chunk)
+    for what, g, e, s in zip(("loss", "hidden", "weight"), got, expected, single, strict=True):
+        assert distance(g, e) <= 2 * distance(s, e) + 1e-6, (what, distance(g, e), distance(s, e))
+
+
+def test_the_comparison_rejects_wrong_heads():
+    """Mutants: temperature forgotten, link over a sequence end, one token shifted, a chunk's mean for the step's."""
+    args = problem()
+    hidden, weight, targets, terms = args
+    spec = SPECS["rover"]
+    expected = naive(*args, spec, torch.float64)
+    shifted = torch.roll(targets, 1)
+    mutants = {
+        "temperature": (hidden / 0.8, weight, targets, terms),
+        "link": (hidden, weight, targets, dataclasses.replace(terms, link=torch.ones_like(terms.link))),
+        "target": (hidden, weight, shifted, terms),
+        "normaliser": (hidden, weight, targets, dataclasses.replace(terms, coef=terms.coef * 2)),
+    }
+    for name, mutant in mutants.items():
+        got = ours(*mutant, spec, 16)
+        assert distance(got[2], expected[2]) > 1e-3, name
+
+
+def test_idle_rows_change_nothing_and_are_counted():
+    from pymathrl.advantage import advantage
+    from pymathrl.algos import REGISTRY
+    from pymathrl.rollout import generate
+
+    policy = tiny_policy(seed=1)
+    algo = REGISTRY["grpo"]
+    prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
+    rollout = generate(policy, prompts, 4, 8, seed=2, uids=torch.arange(8))
+    reward = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])  # the first group teaches nothing
+    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    spec = algo.loss(algo.config())
+    options = dict(temperature=1.0, token_budget=1000, max_new_tokens=8)
+    skipped = minibatch_loss(policy.model, batch, range(8), spec, **options)
+    first = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    policy.model.zero_grad()
+    whole = minibatch_loss(policy.model, batch, range(8), dataclasses.replace(spec, idle_when_zero=False), **options)
+    second = torch.cat([p.grad.flatten() for p in policy.model.parameters()])
+    assert (skipped.idle_rows, whole.idle_rows) == (4, 0)
+    assert skipped.tokens == whole.tokens and skipped.rows == whole.rows == 8
+    torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["rover", "grpo"])
+def test_any_cut_into_micro_batches_gives_the_same_gradient(name):
+    from pymathrl.advantage import advantage
+    from pymathrl.algos import REGISTRY
+    from pymathrl.rollout import generate
+
+    policy = tiny_policy(seed=1)
+    algo = REGISTRY[name]
+    prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
+    rollout = generate(policy, prompts, 4, 9, seed=2, uids=torch.arange(8))
+    reward = torch.tensor([0.1, 1.0, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])
+    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    gradients, losses = [], []
+    for budget in (10_000, 60, 1):
+        policy.model.zero_grad()
+        report = minibatch_loss(
+            policy.model, batch, range(8), algo.loss(algo.config()), temperature=1.0, token_budget=budget, max_new_tokens=9
+        )
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
+        losses.append(float(report.loss))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5, abs=1e-7)
+    for g in gradients[1:]:
+        assert distance(g, gradients[0]) < 1e-5

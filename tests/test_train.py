@@ -1,0 +1,271 @@
+"""Whole runs: they leave the promised files, resume to the same bits, agree with the references, and survive bad input."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pymathrl import train as train_module
+from pymathrl.checkpoint import hash_parameters
+from pymathrl.tasks import Grade
+from pymathrl.train import main
+from tests.tiny import SMALL_RUN, read_metrics, save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+RUN = [*SMALL_RUN, "--prompts-per-step", "8", "--max-new-tokens", "64", "--lr", "3e-4"]  # the built-in model, which earns rewards
+
+
+def command(*argv: str, env: dict[str, str] | None = None, driver: str = "", **options) -> subprocess.Popen:
+    """The command in its own process; `driver` is Python code to run before it, in that process."""
+    code = f"import sys\n{driver}\nfrom pymathrl.train import main\nsys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *argv], env={**os.environ, **(env or {})}, cwd=ROOT,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen, code: int) -> str:
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == code, (process.returncode, out[-2000:], err[-2000:])
+    return out + err
+
+
+def final_hash(run: Path, step: int) -> str:
+    return hash_parameters(load_file(run / "checkpoints" / f"step-{step}" / "model.safetensors").items())
+
+
+def losses(run: Path) -> list[float]:
+    return [m["loss"] for m in read_metrics(run) if "loss" in m]
+
+
+@pytest.mark.parametrize("algo", ["rover", "grpo"])
+def test_a_run_leaves_the_promised_files(algo, tmp_path, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    assert main(["--algo", algo, "--model", str(model), "--steps", "3", "--eval-every", "2", "--out", str(out), *SMALL_RUN]) == 0
+    config = tomllib.loads((out / "config.toml").read_text())
+    assert config["algo"] == algo and config["steps"] == 3 and config["lr"] == 1e-3
+    metrics = read_metrics(out)
+    steps = [m for m in metrics if "loss" in m]
+    assert [m["step"] for m in steps] == [1, 2, 3]
+    for name in (
+        "reward", "reward_std", "frac_reward_zero_std", "accuracy", "completions/mean_length", "completions/clipped_ratio",
+        "entropy", "clip_ratio/low", "clip_ratio/high", "kl", "grad_norm", "learning_rate", "ratio/max", "logp_gap/mean",
+        "logp_gap/max", "tokens_per_second", "time/prompt", "time/rollout", "time/verify", "time/advantage", "time/loss",
+        "time/optim",
+    ):  # fmt: skip
+        assert name in steps[-1], name
+    assert "eval/pass@1" in steps[1]
+    assert steps[0]["logp_gap/max"] < 1e-4, "sampler and trainer must agree on unchanged weights"
+    summary = json.loads((out / "summary.json").read_text())
+    for when in ("before", "after"):
+        assert {"pass@1", "pass@8", "diversity"} <= summary[when].keys()
+    assert summary["wall_s"] > 0 and summary["tokens_per_second"] > 0
+    assert (out / "curves.png").stat().st_size > 10_000
+    assert list((out / "tensorboard").iterdir())
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert {"step", "problem", "text", "reward"} <= samples[0].keys()
+    folder = out / "checkpoints" / "step-3"
+    assert (folder / "config.json").exists() and (folder / "trainer").is_dir()
+    from transformers import AutoModelForCausalLM
+
+    assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
+    assert main(["--algo", algo, "--model", str(model), "--out", str(out), *SMALL_RUN]) == 2
+    assert "a run is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("algo", ["rover", "grpo"])
+def test_kernels_and_references_give_the_same_losses(algo, tmp_path):
+    """5 steps with the C++ kernels and 5 with the plain torch references: the same losses to 1e-5."""
+    runs = {impl: tmp_path / impl for impl in ("kernel", "ref")}
+    for impl, out in runs.items():
+        argv = ["--algo", algo, "--steps", "5", "--eval-every", "0", "--out", str(out), *RUN]
+        text = finish(command(*argv, env={"PYMATHRL_IMPL": impl}), 0)
+        assert ("PYMATHRL_IMPL=ref" in text) == (impl == "ref")
+    kernel, ref = losses(runs["kernel"]), losses(runs["ref"])
+    assert len(kernel) == 5 and any(abs(x) > 1e-3 for x in kernel), kernel
+    assert kernel == pytest.approx(ref, abs=1e-5)
+
+
+# The Nth call of the sampler kills the process: inside the decode loop, with some tokens drawn and none kept.
+KILL = """
+import os, signal, pymathrl.rollout.generate as g
+real, calls = g.sample_token, [0]
+def sample_token(*args, **options):
+    calls[0] += 1
+    if calls[0] == {call}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **options)
+g.sample_token = sample_token
+"""
+COUNT = """
+import atexit, sys, pymathrl.rollout.generate as g
+real, calls = g.sample_token, [0]
+def sample_token(*args, **options):
+    calls[0] += 1
+    return real(*args, **options)
+g.sample_token = sample_token
+atexit.register(lambda: print("sampler calls", calls[0]))
+"""
+
+
+def test_kill_in_a_rollout_then_resume_gives_the_same_bits(tmp_path):
+    argv = ["--algo", "rover", "--steps", "8", "--eval-every", "3", "--checkpoint-every", "2", *RUN]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    text = finish(command(*argv, "--out", str(whole), driver=COUNT), 0)
+    calls = int(text.rsplit("sampler calls", 1)[1])
+    finish(command(*argv, "--out", str(killed), driver=KILL.format(call=int(calls * 0.7))), -signal.SIGKILL)
+    done = [m["step"] for m in read_metrics(killed) if "loss" in m]
+    assert 2 <= len(done) < 8, "the kill came at the wrong place for this test"
+    assert not (killed / "summary.json").exists()
+    finish(command("--resume", str(killed)), 0)
+    assert final_hash(killed, 8) == final_hash(whole, 8)
+    assert losses(killed) == losses(whole), "each step once, and the same"
+    rows = [[json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()] for run in (whole, killed)]
+    assert rows[0] == rows[1]
+    after = [json.loads((run / "summary.json").read_text()) for run in (whole, killed)]
+    assert after[0]["after"] == after[1]["after"] and after[0]["before"] == after[1]["before"]
+    assert after[0]["tokens"] == after[1]["tokens"]
+
+
+def test_ctrl_c_saves_and_resume_goes_on(tmp_path):
+    argv = ["--algo", "grpo", "--eval-every", "0", "--checkpoint-every", "0", *RUN]
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    process = command(*argv, "--steps", "400", "--out", str(stopped))
+    deadline = time.monotonic() + 100
+    while not (stopped / "metrics.jsonl").exists() or not any("loss" in m for m in read_metrics(stopped)):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    text = finish(process, 130)
+    assert "--resume" in text and "Traceback" not in text
+    done = read_metrics(stopped)[-1]["step"]
+    assert (stopped / "checkpoints" / f"step-{done}").is_dir()
+    finish(command("--resume", str(stopped), "--steps", str(done + 2)), 0)
+    finish(command(*argv, "--steps", str(done + 2), "--out", str(whole)), 0)
+    assert final_hash(stopped, done + 2) == final_hash(whole, done + 2)
+
+
+def test_resume_refuses_other_options_and_says_when_done(tmp_path, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 0
+    assert main(["--resume", str(out)]) == 0
+    assert "all 1 steps are done" in capsys.readouterr().out
+    assert main(["--resume", str(out), "--lr", "0.1"]) == 2
+    assert "--lr cannot change" in capsys.readouterr().err
+    assert main(["--resume", str(out), "--algo", "grpo"]) == 2
+    assert "started with 'rover'" in capsys.readouterr().err
+    weights = out / "checkpoints" / "step-1" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-5])
+    assert main(["--resume", str(out), "--steps", "2"]) == 2
+    assert "no whole checkpoint" in capsys.readouterr().err
+
+
+def test_a_run_on_the_built_in_model_is_better_after(tmp_path):
+    """It learns: 16 steps of ROVER, one third of a default run's samples, must lift held-out accuracy by 4 points."""
+    out = tmp_path / "run"
+    argv = ["--steps", "16", "--eval-every", "0", "--eval-problems", "128", "--eval-samples", "8", "--checkpoint-every", "0"]
+    assert main(["--algo", "rover", "--out", str(out), *argv]) == 0
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["after"]["pass@1"] > summary["before"]["pass@1"] + 0.04, summary
+
+
+def test_nan_gradient_skips_the_step_and_spares_the_weights(tmp_path, monkeypatch):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real, calls = train_module.minibatch_loss, []
+
+    def poisoned(policy_model, *args, **options):
+        report = real(policy_model, *args, **options)
+        calls.append(len(calls))
+        if len(calls) == 3:
+            next(policy_model.parameters()).grad[0, 0] = math.nan
+        return report
+
+    monkeypatch.setattr(train_module, "minibatch_loss", poisoned)
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "3", "--out", str(out), *SMALL_RUN]) == 0
+    assert [m["updates/skipped"] for m in read_metrics(out) if "loss" in m] == [0, 1, 1]
+    saved = load_file(out / "checkpoints" / "step-3" / "model.safetensors")
+    assert all(bool(torch.isfinite(t).all()) for t in saved.values())
+    assert json.loads((out / "summary.json").read_text())["skipped_updates"] == 1
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_bad_rewards_are_reported_and_end_the_run_when_they_go_on(bad, tmp_path, monkeypatch, capsys):
+    from pymathrl.tasks.countdown import Countdown
+
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    before = load_file(model / "model.safetensors")
+    monkeypatch.setattr(Countdown, "grade", lambda self, problem, text: Grade(bad, False, None, None, "test"))
+    argv = ["--algo", "rover", "--model", str(model), "--steps", "30", "--checkpoint-every", "1", "--out", str(out), *SMALL_RUN]
+    assert main(argv) == 2
+    captured = capsys.readouterr()
+    assert "rewards are nan or infinite" in captured.out
+    assert "10 updates in a row" in captured.err and "Traceback" not in captured.err
+    newest = max((out / "checkpoints").iterdir(), key=lambda p: int(p.name.split("-")[1]))
+    after = load_file(newest / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = save_tiny(tmp_path / "model")
+    assert main(["--algo", "grpo", "--model", str(model), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    for word in ("grpo", "parameters", "memory", "tokens at most", "KV cache"):
+        assert word in text
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (['{"nums": [1, 2, 3], "target": 6}', '{"nums": [1, 2'], ["line 2"]),
+        (['{"nums": [1, "x"], "target": 6}'], ["line 1", "nums"]),
+        (['{"nums": [1, 2]}'], ["line 1", "target"]),
+        ([], ["empty"]),
+    ],
+)
+def test_broken_problem_file_names_line_and_field(lines, words, tmp_path, capsys):
+    model, file = save_tiny(tmp_path / "model"), tmp_path / "problems.jsonl"
+    file.write_text("".join(line + "\n" for line in lines))
+    assert main(["--algo", "rover", "--model", str(model), "--task", str(file), *SMALL_RUN]) == 2
+    err = capsys.readouterr().err
+    assert "problems.jsonl" in err and err.count("\n") == 1
+    for word in words:
+        assert word in err.replace("no rows", "empty").replace("no problem", "empty"), err
+
+
+def test_output_folder_that_cannot_be_written(tmp_path, capsys):
+    model, blocker = save_tiny(tmp_path / "model"), tmp_path / "file"
+    blocker.write_text("in the way")
+    assert main(["--algo", "rover", "--model", str(model), "--out", str(blocker / "run"), *SMALL_RUN]) == 2
+    err = capsys.readouterr().err
+    assert str(blocker) in err and err.count("\n") == 1
+
+
+def test_disk_full_while_saving_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real, calls = train_module.save, []
+
+    def full(policy, folder):
+        calls.append(folder)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device", str(folder))
+        real(policy, folder)
+
+    monkeypatch.setattr(train_module, "save", full)
+    argv = ["--algo", "rover", "--model", str(model), "--steps", "3", "--checkpoint-every", "1", "--out", str(out), *SMALL_RUN]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert "No space left" in err or "disk is full" in err.lower() or "space" in err
+    monkeypatch.setattr(train_module, "save", real)
+    assert main(["--resume", str(out)]) == 0
+    assert [m["step"] for m in read_metrics(out) if "loss" in m] == [1, 2, 3]
