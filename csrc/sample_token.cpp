@@ -37,8 +37,12 @@ template <class In> HD void filter_of(const In* z, int64_t width, const Cut& cut
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   for (int64_t begin = 0; begin < width; begin += kRowBlock) {
     int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
-    f32x16 sum = {};
+    f32x16 sum = {}, part = {};
     for (; j < end; j += kLanes) {
+      if ((j - begin) % kRowPart == 0) {
+        sum += part;
+        part = f32x16{};
+      }
       int64_t count = end - j, left = cut.index - j;
       bool whole = count >= kLanes;
       f32x16 value = whole ? load16(z + j) : load_part(z + j, count, -kInf);
@@ -46,13 +50,13 @@ template <class In> HD void filter_of(const In* z, int64_t width, const Cut& cut
       i32x16 last = lane <= static_cast<int32_t>(left < -1 ? -1 : (left < kLanes ? left : kLanes));
       i32x16 keep = (y >= cut.floor) & ((value > cut.z) | ((value == cut.z) & last));
       y = keep ? y : f32x16{};
-      sum += y;
+      part += y;
       if (whole)
         store16(e + j, y);
       else
         store_part(e + j, count, y);
     }
-    block_sum[begin / kRowBlock] = sum_lanes(sum);
+    block_sum[begin / kRowBlock] = sum_lanes(sum + part);
   }
 }
 

@@ -26,6 +26,13 @@ template <class In> HD float max_of(const In* z, int64_t width) {
 struct BlockSums {
   f32x16 e = {}, ed = {}, d = {}, kept = {};
 
+  HD void add(const BlockSums& part) {
+    e += part.e;
+    ed += part.ed;
+    d += part.d;
+    kept += part.kept;
+  }
+
   HD void add(f32x16 x, f32x16 y, float threshold) {
     e += y;
     ed += y > 0.0f ? y * x : f32x16{};  // a masked token: 0 * -inf counts as 0
@@ -41,18 +48,24 @@ HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float
   for (int64_t begin = 0; begin < width; begin += kRowBlock) {
     int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
     BlockSums block;
-    for (; j + kLanes <= end; j += kLanes) {
-      f32x16 x = row_distance(load16(z + j), max, inverse_t);
-      f32x16 y = exp_row(x);
-      if (e) store16(e + j, y);
-      block.add(x, y, threshold);
-    }
-    if (j < end) {
-      i32x16 inside = first_lanes(end - j);
-      f32x16 x = row_distance(load_part(z + j, end - j, 0.0f), max, inverse_t);
-      f32x16 y = exp_row(x);
-      if (e) store_part(e + j, end - j, y);
-      block.add(inside ? x : f32x16{}, inside ? y : f32x16{}, threshold);
+    while (j < end) {
+      int64_t stop = j + kRowPart < end ? j + kRowPart : end;
+      BlockSums part;
+      for (; j + kLanes <= stop; j += kLanes) {
+        f32x16 x = row_distance(load16(z + j), max, inverse_t);
+        f32x16 y = exp_row(x);
+        if (e) store16(e + j, y);
+        part.add(x, y, threshold);
+      }
+      if (j < stop) {
+        i32x16 inside = first_lanes(stop - j);
+        f32x16 x = row_distance(load_part(z + j, stop - j, 0.0f), max, inverse_t);
+        f32x16 y = exp_row(x);
+        if (e) store_part(e + j, stop - j, y);
+        part.add(inside ? x : f32x16{}, inside ? y : f32x16{}, threshold);
+        j = stop;
+      }
+      block.add(part);
     }
     float sum = sum_lanes(block.e);
     if (block_sum) block_sum[begin / kRowBlock] = sum;
