@@ -1,6 +1,7 @@
 """The decoder against transformers, and its generation path against its training path."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,12 @@ CASES = {
     "wide head": replace(TINY, head_dim=16),
     "qwen2 with bias": replace(TINY, model_type="qwen2", attention_bias=True, rope_theta=1e6),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads: Callable[[int], None]) -> None:
+    """Matrices this small gain nothing from a second thread, and wait for it where the cores are busy."""
+    threads(1)
 
 
 def make_pair(config: ModelConfig) -> tuple[Decoder, transformers.PreTrainedModel]:
@@ -128,9 +135,8 @@ def test_prefill_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pymathrl.models.decoder.PREFILL_TOKENS", 12)
     pieces, parts = model.prefill(ids, pad)
     torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
-    for a, b in zip(cache.key + cache.value, parts.key + parts.value, strict=True):
-        real = torch.isfinite(a) & (torch.arange(7)[:, None, None, None] == 3)  # a row without padding
-        torch.testing.assert_close(a[real], b[real], rtol=1e-5, atol=1e-5)
+    for a, b in zip(cache.kv, parts.kv, strict=True):
+        torch.testing.assert_close(a[:, 3], b[:, 3], rtol=1e-5, atol=1e-5)  # a row without padding
 
 
 def test_right_padding_does_not_reach_back_and_gradients_flow() -> None:
