@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -31,18 +32,21 @@ def group_advantage(
 ) -> GroupAdvantage:
     """Advantage of each sample within its group.
 
-    reward [B] fp32; offsets [P+1] int64, the first sample of each group (the last entry is B); groups may differ in size.
+    reward [B] fp32; offsets [P+1] int64, the first sample of each group (the last entry is B); groups may differ in
+    size.
 
     centre: "none" r; "group_mean" r - mean(group) (GRPO, Dr. GRPO, ROVER); "leave_one_out" r - mean(others) (RLOO);
             "baseline" r - baseline[B] (a tracker or a value, as in SPO).
     scale:  "none"; "group_std" / (std of the group's rewards + eps) (GRPO); "batch_std" / (std of all rewards + eps);
-            "batch_whiten" (a - mean) / (std + eps) over samples (SPO); "token_whiten" (a - mean) / sqrt(var + eps) with each
-            sample counted tokens[B] int64 times (REINFORCE++).
+            "batch_whiten" (a - mean) / (std + eps) over samples (SPO); "token_whiten" (a - mean) / sqrt(var + eps)
+            with each sample counted tokens[B] int64 times (REINFORCE++).
     ddof:   1 = unbiased variance (torch.std, verl, TRL), 0 = population.
 
-    A group of equal rewards gets exactly 0 under "group_mean" and "leave_one_out", and under "group_std" with any centre; so
-    does a group of one. Not differentiable: advantages are constants of the loss.
-    Raises ValueError for a wrong shape, dtype, device, mode, or offsets that do not run from 0 to B.
+    A group of equal rewards gets exactly 0 under "group_mean" and "leave_one_out", and under "group_std" with any
+    centre; so does a group of one. A nan reward makes its whole group nan, or the whole batch where the scale is of the
+    batch. Not differentiable: advantages are constants of the loss.
+    Raises ValueError for a wrong shape, dtype, device or mode, and on the CPU for offsets that do not rise from 0 to B
+    (on a GPU that check would be a host sync).
     """
     if centre not in CENTRES:
         raise ValueError(f"group_advantage: centre must be one of {', '.join(CENTRES)}, got {centre!r}")
@@ -52,12 +56,6 @@ def group_advantage(
         raise ValueError(
             f"group_advantage: reward must be [B] and offsets [P+1], got {list(reward.shape)} and {list(offsets.shape)}"
         )
-    if not offsets.is_cuda:  # on a GPU the check would be a host sync; there offsets come from Rollout.validate()
-        bad = offsets[0] != 0 or offsets[-1] != reward.numel() or bool((offsets[1:] < offsets[:-1]).any())
-        if bad:
-            raise ValueError(
-                f"group_advantage: offsets must rise from 0 to B={reward.numel()}, got {offsets.tolist()[:8]}..."
-            )
     if use_reference():
         return group_advantage_ref(
             reward, offsets, centre=centre, scale=scale, eps=eps, ddof=ddof, baseline=baseline, tokens=tokens
@@ -84,8 +82,10 @@ def group_advantage_ref(
 ) -> GroupAdvantage:
     """The same in plain torch, at the dtype of `reward` (float64 in tests)."""
     bounds = offsets.tolist()
+    if bounds[0] != 0 or bounds[-1] != reward.numel() or sorted(bounds) != bounds:
+        raise ValueError(f"group_advantage: offsets must rise from 0 to B={reward.numel()}, got {bounds[:8]}...")
     parts, flags = [], []
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in pairwise(bounds):
         r = reward[begin:end]
         n = end - begin
         same = bool((r == r[:1]).all())
