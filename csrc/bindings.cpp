@@ -5,6 +5,7 @@
 #include "common/tensor.h"
 #include "group_advantage.h"
 #include "policy_loss.h"
+#include "row_kernels.h"
 #include "sample_token.h"
 #include "token_logprob.h"
 
@@ -239,7 +240,7 @@ void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, u
   if (args.cuda()) fail("philox_uniform: uid must be on the cpu; kernels draw their own numbers on a GPU");
   int64_t n = uid.size[0];
   auto u = args.dense<int64_t>("uid", uid, {n}), t = args.dense<int64_t>("step", step, {n});
-  auto x = args.dense<float>("out", out, {n});
+  auto x = args.dense<double>("out", out, {n});
   for (int64_t i = 0; i < n; ++i)
     x[i] = philox_uniform(seed, static_cast<uint64_t>(u[i]), static_cast<uint32_t>(t[i]), stream_id);
 }
@@ -254,6 +255,7 @@ PYBIND11_MODULE(_C, m) {
   m.attr("has_cuda") = false;
 #endif
   m.def("parallel_runtime", &parallel_runtime, "The OpenMP runtime in use: a path, or why there is none.");
+  m.def("simd_level", &simd_level, "The processor level of the row kernels: base, v3 (AVX2) or v4 (AVX-512).");
   py::class_<Tensor>(m, "Tensor", "Pointer, dtype, sizes, strides (in elements) and device (-1 = CPU) of a tensor.")
       .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
            py::arg("device"));

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "row_kernels.h"
 
 namespace pymathrl {
 namespace {
@@ -30,75 +30,13 @@ struct Row {
   const void* z;
   DType dtype;
   int64_t width;
+  const RowKernels& kernels;
   float element(int64_t j) const { return row_element(z, dtype, j); }
 };
 
-template <class In> HD void filter_of(const In* z, int64_t width, const Cut& cut, float* e, float* block_sum) {
-  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  for (int64_t begin = 0; begin < width; begin += kRowBlock) {
-    int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
-    f32x16 sum = {}, part = {};
-    for (; j < end; j += kLanes) {
-      if ((j - begin) % kRowPart == 0) {
-        sum += part;
-        part = f32x16{};
-      }
-      int64_t count = end - j, left = cut.index - j;
-      bool whole = count >= kLanes;
-      f32x16 value = whole ? load16(z + j) : load_part(z + j, count, -kInf);
-      f32x16 y = whole ? load16(e + j) : load_part(e + j, count, 0.0f);
-      i32x16 last = lane <= static_cast<int32_t>(left < -1 ? -1 : (left < kLanes ? left : kLanes));
-      i32x16 keep = (y >= cut.floor) & ((value > cut.z) | ((value == cut.z) & last));
-      y = keep ? y : f32x16{};
-      part += y;
-      if (whole)
-        store16(e + j, y);
-      else
-        store_part(e + j, count, y);
-    }
-    block_sum[begin / kRowBlock] = sum_lanes(sum + part);
-  }
-}
-
-// Sets e to 0 where it is cut; block sums of what stays, in the order of row_sums.
-SIMD_CLONES void filter_row(const Row& row, const Cut& cut, float* e, float* block_sum) {
-  if (row.dtype == DType::f32)
-    filter_of(static_cast<const float*>(row.z), row.width, cut, e, block_sum);
-  else if (row.dtype == DType::bf16)
-    filter_of(static_cast<const bf16*>(row.z), row.width, cut, e, block_sum);
-  else
-    filter_of(static_cast<const f16*>(row.z), row.width, cut, e, block_sum);
-}
-
-// The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then the group.
-// The group sums add up to the block's sum only within rounding: where the target is not met, the last e_j > 0.
-SIMD_CLONES int64_t find_in_block(const float* e, int64_t count, double acc, double target) {
-  int64_t group = -1;
-  double start = acc;
-  for (int64_t j = 0; j < count; j += kLanes) {
-    f32x16 y = count - j >= kLanes ? load16(e + j) : load_part(e + j, count - j, 0.0f);
-    float sum = sum_lanes(y);
-    if (sum > 0.0f) {
-      group = j;
-      start = acc;
-    }
-    acc += sum;
-    if (sum > 0.0f && acc > target) break;
-  }
-  if (group < 0) return -1;
-  int64_t found = group;
-  for (int64_t j = group; j < std::min(group + kLanes, count); ++j) {
-    if (!(e[j] > 0.0f)) continue;
-    found = j;
-    start += e[j];
-    if (start > target) break;
-  }
-  return found;
-}
-
 // Inverse CDF in index order; `block` gives the e of the block it settles on.
 template <class Block>
-int64_t draw(const float* block_sum, int64_t width, double target, const Block& block) {
+int64_t draw(const RowKernels& kernels, const float* block_sum, int64_t width, double target, const Block& block) {
   double acc = 0;
   int64_t chosen = -1;
   double start = 0;
@@ -110,7 +48,7 @@ int64_t draw(const float* block_sum, int64_t width, double target, const Block& 
     if (acc > target) break;
   }
   int64_t first = chosen * kRowBlock;
-  return first + find_in_block(block(chosen), std::min(kRowBlock, width - first), start, target);
+  return first + kernels.find(block(chosen), std::min(kRowBlock, width - first), start, target);
 }
 
 // The largest z that at least k logits reach, or less: the k-th largest of the pieces' maxima.
@@ -119,8 +57,8 @@ float top_k_bound(const Row& row, int64_t k, std::vector<float>& piece_max) {
   if (pieces < k) return -kInf;
   piece_max.resize(static_cast<size_t>(pieces));
   for (int64_t i = 0; i < pieces; ++i)
-    piece_max[static_cast<size_t>(i)] = row_max(row_at(row.z, row.dtype, i * kPiece), row.dtype,
-                                                std::min(kPiece, row.width - i * kPiece));
+    piece_max[static_cast<size_t>(i)] = row.kernels.max(row_at(row.z, row.dtype, i * kPiece), row.dtype,
+                                                        std::min(kPiece, row.width - i * kPiece));
   std::nth_element(piece_max.begin(), piece_max.begin() + (k - 1), piece_max.end(), std::greater<float>());
   return piece_max[static_cast<size_t>(k - 1)];
 }
@@ -186,11 +124,12 @@ int64_t first_of(const Row& row, float value) {
 }
 
 void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, double inverse, Scratch& s) {
-  Row row{row_at(p.logits, p.dtype, index * p.row_stride), p.dtype, p.width};
+  Row row{row_at(p.logits, p.dtype, index * p.row_stride), p.dtype, p.width, row_kernels()};
+  const RowKernels& kernels = row.kernels;
   bool cuts = filtered(p), keep_e = cuts || p.width <= kRowBlock;
-  float max = row_max(row.z, row.dtype, row.width);
-  RowSums sums = row_sums(row.z, row.dtype, row.width, max, inverse_t, 0.0f, s.block_sum.data(),
-                          keep_e ? s.e.data() : nullptr);
+  float max = kernels.max(row.z, row.dtype, row.width);
+  RowSums sums = kernels.sums(row.z, row.dtype, row.width, max, inverse_t, 0.0f, s.block_sum.data(),
+                              keep_e ? s.e.data() : nullptr, nullptr);
   RowStats stats = finish_row(sums, p.width, inverse);
   if (stats.log_sum != stats.log_sum) return sample_token_fail(p, index);
   double kept = sums.e;
@@ -199,15 +138,16 @@ void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, doub
     id = first_of(row, max);
   } else {
     if (cuts) {
-      filter_row(row, find_cut(p, row, s.e.data(), sums.e, s), s.e.data(), s.block_sum.data());
+      Cut cut = find_cut(p, row, s.e.data(), sums.e, s);
+      kernels.filter(row.z, row.dtype, row.width, cut, s.e.data(), s.block_sum.data());
       kept = 0;
       for (int64_t b = 0; b < row_blocks(p.width); ++b) kept += s.block_sum[static_cast<size_t>(b)];
     }
-    id = draw(s.block_sum.data(), p.width, sample_uniform(p, index) * kept, [&](int64_t b) {
+    id = draw(kernels, s.block_sum.data(), p.width, sample_uniform(p, index) * kept, [&](int64_t b) {
       int64_t first = b * kRowBlock;
       if (keep_e) return static_cast<const float*>(s.e.data() + first);
-      row_sums(row_at(row.z, row.dtype, first), row.dtype, std::min(kRowBlock, p.width - first), max, inverse_t, 0.0f,
-               nullptr, s.e.data());
+      kernels.sums(row_at(row.z, row.dtype, first), row.dtype, std::min(kRowBlock, p.width - first), max, inverse_t,
+                   0.0f, nullptr, s.e.data(), nullptr);
       return static_cast<const float*>(s.e.data());
     });
   }

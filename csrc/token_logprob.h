@@ -81,8 +81,8 @@ HD TokenGrad token_grad(const TokenLogprobGradParams& p, int64_t row) {
 
 // dz of a token that is not the row's own; F: float or f32x16, probability = exp(logp).
 template <class F> HD F token_grad_other(const TokenGrad& g, F logp, F probability) {
-  F inner = g.weight + g.entropy_weight * (logp + g.entropy);
-  return probability > 0.0f ? -probability * inner : F{};  // a masked token: 0 * -inf counts as 0
+  F inner = (logp + g.entropy) * g.entropy_weight + g.weight;
+  return pick(probability > 0.0f, -probability * inner, 0.0f);  // a masked token: 0 * -inf counts as 0
 }
 
 // dz of the row's own token: 1 - p by expm1, which keeps its digits where p is almost 1.

@@ -2,6 +2,7 @@
 has_cuda: bool
 
 def parallel_runtime() -> str: ...
+def simd_level() -> str: ...
 
 class Tensor:
     def __init__(

@@ -26,10 +26,11 @@ HD Philox4 philox4x32_10(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uin
 }
 
 // The uniform of token t of sample uid, in the open interval (0, 1): 24 bits and half a step, so never 0 and never 1.
-HD float philox_uniform(uint64_t seed, uint64_t uid, uint32_t t, uint32_t stream) {
+// Double, because those are 25 bits: in fp32 the largest of them rounds to 1, once in 2^24 draws.
+HD double philox_uniform(uint64_t seed, uint64_t uid, uint32_t t, uint32_t stream) {
   Philox4 r = philox4x32_10(t, static_cast<uint32_t>(uid), static_cast<uint32_t>(uid >> 32), stream,
                             static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32));
-  return static_cast<float>(r.x[0] >> 8) * 5.9604644775390625e-8f + 2.98023223876953125e-8f;  // 2^-24, 2^-25
+  return (static_cast<double>(r.x[0] >> 8) + 0.5) * 5.9604644775390625e-8;  // 2^-24
 }
 
 }  // namespace pymathrl

@@ -25,7 +25,7 @@ HD float min_p_threshold(double min_p) { return static_cast<float>(min_p * (1.0 
 // normal numbers; nan stays nan. x = n ln2 + r; the minimax polynomial of degree 6 is within 3e-9. The number n comes
 // from the low bits of t (1.5 * 2^23 + n), which saves the conversion to an integer. F: float or f32x16.
 template <class F> HD F exp_row(F x) {
-  F clamped = x < -87.0f ? F{} - 87.0f : x;
+  F clamped = pick(x < -87.0f, -87.0f, x);
   F t = clamped * 1.44269504f + 12582912.0f;
   F n = t - 12582912.0f;
   F r = (clamped - n * 0.693145752f) - n * 1.42860677e-6f;
@@ -36,7 +36,7 @@ template <class F> HD F exp_row(F x) {
   p = p * r + 1.0f;
   p = p * r + 1.0f;
   F y = p * as_float((as_bits(t) + 127u) << 23);
-  return x < -87.0f ? F{} : y;
+  return pick(x < -87.0f, 0.0f, y);
 }
 
 struct RowSums {
@@ -65,14 +65,6 @@ HD RowStats finish_row(const RowSums& s, int64_t width, double inverse_t) {
 
 // d of one logit or of sixteen, by the same operations.
 template <class F> HD F row_distance(F z, float max, float inverse_t) { return (z - max) * inverse_t; }
-
-// max over the row (nan is passed over; -inf where nothing is above it).
-float row_max(const void* row, DType dtype, int64_t width);
-
-// The sums, given the maximum. threshold: of `kept`. block_sum: [row_blocks(width)] sums of e, or null; e: [width] every
-// e_j, or null. Neither changes a bit of the sums.
-RowSums row_sums(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold,
-                 float* block_sum, float* e);
 
 HD int64_t row_blocks(int64_t width) { return (width + kRowBlock - 1) / kRowBlock; }
 

@@ -77,10 +77,10 @@ class Args {
     if (!same)
       fail(op_, ": ", name, " must have shape ", shape_text(sizes.begin(), static_cast<int>(sizes.size())), ", got ",
            shape_text(t.size, t.ndim));
-    bool empty = false;  // a tensor without elements has strides of 1 where this loop expects 0
-    for (d = 0; d < t.ndim; ++d) empty = empty || t.size[d] == 0;
     int64_t expected = 1;
-    for (d = t.ndim - 1; d >= 0 && !empty; --d) {
+    for (d = 0; d < t.ndim; ++d)
+      if (t.size[d] == 0) return static_cast<T*>(t.data);  // no element: any strides are contiguous
+    for (d = t.ndim - 1; d >= 0; --d) {
       if (t.size[d] != 1 && t.stride[d] != expected)
         fail(op_, ": ", name, " must be contiguous; call .contiguous() on it");
       expected *= t.size[d];

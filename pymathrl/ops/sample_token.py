@@ -109,8 +109,8 @@ def sample_token_ref(
         kept[:, 0] = True
     e = torch.zeros_like(e).scatter(1, order, ranked * kept)
     mass = e.sum(-1, keepdim=True)
-    u = philox_uniform_ref(seed, uid, step, stream).to(z.dtype)[:, None]
-    above = (e.cumsum(-1) > u * mass) & (e > 0)
+    u = philox_uniform_ref(seed, uid, step, stream)[:, None]
+    above = (e.double().cumsum(-1) > u * e.double().sum(-1, keepdim=True)) & (e > 0)
     last = width - 1 - (e > 0).flip(-1).int().argmax(-1)  # where rounding leaves u * mass unreached
     ids = order[:, 0] if greedy else torch.where(above.any(-1), above.int().argmax(-1), last)
     logp_all = d - total.log()
@@ -124,10 +124,10 @@ def sample_token_ref(
 
 
 def philox_uniform(seed: int, uid: torch.Tensor, step: torch.Tensor, stream: int = STREAM_TOKEN) -> torch.Tensor:
-    """The uniforms in (0, 1) that sample_token draws with, [B] fp32, for uid [B] and step [B] int64 on the CPU."""
+    """The uniforms in (0, 1) that sample_token draws with, [B] float64, for uid [B] and step [B] int64 on the CPU."""
     if use_reference():
         return philox_uniform_ref(seed, uid, step, stream)
-    out = torch.empty(uid.shape, dtype=torch.float32)
+    out = torch.empty(uid.shape, dtype=torch.float64)
     _C.philox_uniform(view(uid), view(step), view(out), seed & (2**64 - 1), stream)
     return out
 
@@ -137,7 +137,7 @@ def philox_uniform_ref(seed: int, uid: torch.Tensor, step: torch.Tensor, stream:
     key = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF)
     low, high = uid & 0xFFFFFFFF, (uid >> 32) & 0xFFFFFFFF
     x0 = philox4x32_10_ref((step & 0xFFFFFFFF, low, high, torch.full_like(uid, stream)), key)[0]
-    return ((x0 >> 8).double() * 2.0**-24 + 2.0**-25).float()
+    return ((x0 >> 8).double() + 0.5) * 2.0**-24
 
 
 def philox4x32_10_ref(

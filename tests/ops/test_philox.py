@@ -39,6 +39,12 @@ def test_extension_is_the_reference() -> None:
     assert torch.equal(philox_uniform(-1, uid, step), philox_uniform(2**64 - 1, uid, step))
 
 
+def test_ends_of_the_interval() -> None:
+    """Samples found by search whose 24 bits are all 0 and all 1: in fp32 the second would be 1."""
+    u = philox_uniform(0, torch.tensor([1224113, 5150801]), torch.tensor([0, 0]))
+    assert u.tolist() == [2.0**-25, 1.0 - 2.0**-25]
+
+
 def test_open_interval_and_independent_inputs() -> None:
     n = 1 << 20
     u = philox_uniform(3, torch.arange(n), torch.zeros(n, dtype=torch.int64))

@@ -41,11 +41,11 @@ def same(a: SampleToken, b: SampleToken) -> bool:
 @pytest.mark.parametrize("kw", FILTERS, ids=str)
 @pytest.mark.parametrize("width", [1, 48, 129, 1024, 4096, 33000])
 def test_against_reference(device: str, width: int, kw: dict[str, float]) -> None:
-    logits, uid, step = draw_inputs(32, width, "cpu")
+    logits, uid, step = draw_inputs(8 if width > 4096 else 32, width, "cpu")
     ours = sample_token(logits.to(device), 7, uid.to(device), step.to(device), **kw)
     ref32 = sample_token_ref(logits, 7, uid, step, **kw)
     ref64 = sample_token_ref(logits.double(), 7, uid, step, **kw)
-    # u * mass within rounding of a step of the cumulative sum may give the neighbour: 32 rows x 1e-6, never seen
+    # u * mass within rounding of a step of the cumulative sum may give the neighbour: 32 rows x 1e-6
     assert torch.equal(ours.ids.cpu(), ref64.ids)
     for name in ("logp", "entropy", "mean_logp", "kept_mass"):
         assert_accurate(getattr(ours, name), getattr(ref32, name), getattr(ref64, name), name)
@@ -142,19 +142,16 @@ def test_frequencies(device: str, kw: dict[str, float]) -> None:
 
 def test_masked_tokens_are_never_drawn(device: str) -> None:
     """Also where the uniform is as near to 0 and to 1 as 24 bits allow."""
-    n = 1 << 20
-    u = philox_uniform(9, torch.arange(n), torch.zeros(n, dtype=torch.int64))
-    uid = torch.cat([u.argsort()[:64], u.argsort(descending=True)[:64]]).to(device)
+    uid = torch.tensor([1224113, 22978087, 5150801, 8966016], device=device)  # u = 2^-25 twice, 1 - 2^-25 twice
     step = torch.zeros_like(uid)
+    assert philox_uniform(0, uid.cpu(), step.cpu()).tolist() == [2.0**-25] * 2 + [1 - 2.0**-25] * 2
     for width in (40, 1200, 4096):
-        logits = torch.full((128, width), -math.inf, device=device)
+        logits = torch.full((4, width), -math.inf, device=device)
         allowed = [3, 17, width - 9]
         logits[:, allowed] = torch.tensor([0.0, -80.0, 1.0], device=device)
         for kw in ({}, {"top_p": 0.999}, {"top_k": 30}, {"min_p": 1e-3}):
-            ids = sample_token(logits, 9, uid, step, **kw).ids
-            assert set(ids.tolist()) <= set(allowed), (width, kw)
-            assert ids[:64].tolist() == [3] * 64
-            assert ids[64:].tolist() == [width - 9] * 64
+            ids = sample_token(logits, 0, uid, step, **kw).ids
+            assert ids.tolist() == [3, 3, width - 9, width - 9], (width, kw)
 
 
 def test_ties(device: str) -> None:

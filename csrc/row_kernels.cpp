@@ -1,0 +1,216 @@
+// Compiled once per processor level (CMakeLists.txt): plain loops over one row, no library templates, so that nothing built
+// for a newer processor can be linked into the path of an older one.
+#include "row_kernels.h"
+
+#include "common/simd.h"
+
+namespace pymathrl {
+inline namespace PYMATHRL_LEVEL {
+namespace {
+
+template <class In> HD float max_of(const In* z, int64_t width) {
+  f32x16 m0 = splat(-kInf), m1 = m0;  // two chains: a maximum waits 2-4 cycles for the one before
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= width; j += 2 * kLanes) {
+    f32x16 a = load16(z + j), b = load16(z + j + kLanes);
+    m0 = pick(a > m0, a, m0);
+    m1 = pick(b > m1, b, m1);
+  }
+  for (; j < width; j += kLanes) {
+    f32x16 a = j + kLanes <= width ? load16(z + j) : load_part(z + j, width - j, -kInf);
+    m0 = pick(a > m0, a, m0);
+  }
+  m0 = pick(m1 > m0, m1, m0);
+  float lane[kLanes], max = -kInf;
+  store16(lane, m0);
+  for (int i = 0; i < kLanes; ++i) max = lane[i] > max ? lane[i] : max;
+  return max;
+}
+
+struct BlockSums {
+  f32x16 e = splat(0.0f), ed = e, d = e, kept = e;
+
+  HD void add(const BlockSums& part) {
+    e += part.e;
+    ed += part.ed;
+    d += part.d;
+    kept += part.kept;
+  }
+
+  HD void add(f32x16 x, f32x16 y, float threshold) {
+    e += y;
+    ed += pick(y > 0.0f, y * x, 0.0f);  // a masked token: 0 * -inf counts as 0
+    d += x;
+    kept += pick(y >= threshold, y, 0.0f);
+  }
+};
+
+template <class In>
+HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float threshold, float* block_sum, float* e,
+                   const In* next) {
+  RowSums s{max, 0, 0, 0, 0};
+  for (int64_t begin = 0; begin < width; begin += kRowBlock) {
+    int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
+    BlockSums block;
+    while (j < end) {
+      int64_t stop = j + kRowPart < end ? j + kRowPart : end;
+      BlockSums part;
+      for (; j + kLanes <= stop; j += kLanes) {
+        if (next) __builtin_prefetch(next + j, 0, 2);
+        f32x16 x = row_distance(load16(z + j), max, inverse_t);
+        f32x16 y = exp_row(x);
+        if (e) store16(e + j, y);
+        part.add(x, y, threshold);
+      }
+      if (j < stop) {
+        mask16 inside = first_lanes(static_cast<int>(stop - j));
+        f32x16 x = row_distance(load_part(z + j, stop - j, 0.0f), max, inverse_t);
+        f32x16 y = exp_row(x);
+        if (e) store_part(e + j, stop - j, y);
+        part.add(pick(inside, x, 0.0f), pick(inside, y, 0.0f), threshold);
+        j = stop;
+      }
+      block.add(part);
+    }
+    float sum = sum_lanes(block.e);
+    if (block_sum) block_sum[begin / kRowBlock] = sum;
+    s.e += sum;
+    s.ed += sum_lanes(block.ed);
+    s.d += sum_lanes(block.d);
+    s.kept += sum_lanes(block.kept);
+  }
+  return s;
+}
+
+// e where it is kept, 0 where it is cut; j: the index of lane 0.
+HD f32x16 filter_lanes(f32x16 z, f32x16 e, int64_t j, const Cut& cut) {
+  int64_t last = cut.index - j;
+  mask16 among_first = first_lanes(last < 0 ? 0 : (last < kLanes ? static_cast<int>(last) + 1 : kLanes));
+  f32x16 kept = pick(z > cut.z, e, pick(z == cut.z, pick(among_first, e, 0.0f), 0.0f));
+  return pick(kept >= cut.floor, kept, 0.0f);
+}
+
+template <class In> HD void filter_of(const In* z, int64_t width, const Cut cut, float* e, float* block_sum) {
+  for (int64_t begin = 0; begin < width; begin += kRowBlock) {
+    int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
+    f32x16 sum = splat(0.0f);
+    while (j < end) {
+      int64_t stop = j + kRowPart < end ? j + kRowPart : end;
+      f32x16 part = splat(0.0f);
+      for (; j + kLanes <= stop; j += kLanes) {
+        f32x16 y = filter_lanes(load16(z + j), load16(e + j), j, cut);
+        store16(e + j, y);
+        part += y;
+      }
+      if (j < stop) {
+        f32x16 y = filter_lanes(load_part(z + j, stop - j, -kInf), load_part(e + j, stop - j, 0.0f), j, cut);
+        store_part(e + j, stop - j, y);
+        part += y;
+        j = stop;
+      }
+      sum += part;
+    }
+    block_sum[begin / kRowBlock] = sum_lanes(sum);
+  }
+}
+
+// The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then the group.
+// The group sums add up to the block's sum only within rounding: where the target is not met, the last e_j > 0.
+int64_t find_in_block(const float* e, int64_t count, double acc, double target) {
+  int64_t group = -1;
+  double start = acc;
+  for (int64_t j = 0; j < count; j += kLanes) {
+    f32x16 y = count - j >= kLanes ? load16(e + j) : load_part(e + j, count - j, 0.0f);
+    float sum = sum_lanes(y);
+    if (sum > 0.0f) {
+      group = j;
+      start = acc;
+    }
+    acc += sum;
+    if (sum > 0.0f && acc > target) break;
+  }
+  if (group < 0) return -1;
+  int64_t found = group;
+  for (int64_t j = group; j < group + kLanes && j < count; ++j) {
+    if (!(e[j] > 0.0f)) continue;
+    found = j;
+    start += e[j];
+    if (start > target) break;
+  }
+  return found;
+}
+
+template <bool kEntropy> HD f32x16 grad_part(const TokenGrad& g, f32x16 z) {
+  f32x16 logp = row_distance(z, g.anchor, g.inverse_t) - g.rest;
+  f32x16 probability = exp_row(logp);
+  return kEntropy ? token_grad_other(g, logp, probability) : -probability * g.weight;
+}
+
+template <class T, bool kEntropy>
+HD void grad_row(const T* z, T* dz, int64_t width, int64_t y, const TokenGrad& g) {
+  float own = token_grad_own(g, g.logp(to_f32(z[y])));  // before dz overwrites z
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) store16(dz + j, grad_part<kEntropy>(g, load16(z + j)));
+  if (j < width) store_part(dz + j, width - j, grad_part<kEntropy>(g, load_part(z + j, width - j, 0.0f)));
+  dz[y] = from_f32<T>(own);
+}
+
+template <class T>
+HD void grad_row_any(const TokenLogprobGradParams& p, int64_t row, const TokenGrad& g) {
+  auto z = static_cast<const T*>(p.logits) + row * p.row_stride;
+  auto dz = static_cast<T*>(p.dlogits) + row * p.grad_stride;
+  if (p.grad_entropy)
+    grad_row<T, true>(z, dz, p.width, p.ids[row], g);
+  else
+    grad_row<T, false>(z, dz, p.width, p.ids[row], g);
+}
+
+void gradient(const TokenLogprobGradParams& p, int64_t row) {
+  TokenGrad g = token_grad(p, row);
+  if (g.weight == 0.0f && g.entropy_weight == 0.0f) {
+    memset(static_cast<char*>(p.dlogits) + row * p.grad_stride * dtype_size(p.dtype), 0, p.width * dtype_size(p.dtype));
+    return;
+  }
+  if (p.dtype == DType::f32)
+    grad_row_any<float>(p, row, g);
+  else if (p.dtype == DType::bf16)
+    grad_row_any<bf16>(p, row, g);
+  else
+    grad_row_any<f16>(p, row, g);
+}
+
+float max(const void* row, DType dtype, int64_t width) {
+  if (dtype == DType::f32) return max_of(static_cast<const float*>(row), width);
+  if (dtype == DType::bf16) return max_of(static_cast<const bf16*>(row), width);
+  return max_of(static_cast<const f16*>(row), width);
+}
+
+template <class In>
+RowSums sums_as(const void* row, int64_t width, float max, float inverse_t, float threshold, float* block_sum, float* e,
+                const void* next) {
+  return sums_of(static_cast<const In*>(row), width, max, inverse_t, threshold, block_sum, e,
+                 static_cast<const In*>(next));
+}
+
+RowSums sums(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold, float* block_sum,
+             float* e, const void* next) {
+  auto run = dtype == DType::f32 ? sums_as<float> : dtype == DType::bf16 ? sums_as<bf16> : sums_as<f16>;
+  return run(row, width, max, inverse_t, threshold, block_sum, e, next);
+}
+
+void filter(const void* row, DType dtype, int64_t width, const Cut& cut, float* e, float* block_sum) {
+  if (dtype == DType::f32)
+    filter_of(static_cast<const float*>(row), width, cut, e, block_sum);
+  else if (dtype == DType::bf16)
+    filter_of(static_cast<const bf16*>(row), width, cut, e, block_sum);
+  else
+    filter_of(static_cast<const f16*>(row), width, cut, e, block_sum);
+}
+
+}  // namespace
+
+extern const RowKernels kernels;
+const RowKernels kernels = {max, sums, filter, find_in_block, gradient};
+
+}  // namespace PYMATHRL_LEVEL
+}  // namespace pymathrl

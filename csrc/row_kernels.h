@@ -1,0 +1,35 @@
+// The loops over one row of logits that token_logprob and sample_token run on a CPU, for the processor at hand. All levels
+// give the same bits: the lanes of a sum are fixed in the code (kLanes), and nothing is contracted to a fused multiply-add.
+#pragma once
+#include "sample_token.h"
+#include "token_logprob.h"
+
+namespace pymathrl {
+
+struct RowKernels {
+  // Largest element (nan is passed over; -inf where nothing is above it).
+  float (*max)(const void* row, DType dtype, int64_t width);
+
+  // The sums of row_softmax.h, given the maximum. threshold: of `kept`. block_sum: [row_blocks(width)] sums of e, or null;
+  // e: [width] every e_j, or null. next: the row that this thread reads after this one, or null; it is fetched into the
+  // cache meanwhile, so that its maximum need not wait for the memory (20 to 30 % of a row's time). None of them changes
+  // a bit of the sums.
+  RowSums (*sums)(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold,
+                  float* block_sum, float* e, const void* next);
+
+  // Sets e to 0 where it is cut; block sums of what stays, added in the order of `sums`.
+  void (*filter)(const void* row, DType dtype, int64_t width, const Cut& cut, float* e, float* block_sum);
+
+  // The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then within
+  // the group. The groups add up to the block's sum only within rounding: where the target is not met, the last e_j > 0.
+  int64_t (*find)(const float* e, int64_t count, double acc, double target);
+
+  // One row of token_logprob's backward.
+  void (*gradient)(const TokenLogprobGradParams& p, int64_t row);
+};
+
+// The kernels of the best level that this processor has, or of PYMATHRL_SIMD=base|v3|v4 (tests compare the levels).
+const RowKernels& row_kernels();
+const char* simd_level();  // its name: "base", "v3" (AVX2) or "v4" (AVX-512)
+
+}  // namespace pymathrl

@@ -1,0 +1,55 @@
+#include <cstdlib>
+#include <cstring>
+
+#include "common/tensor.h"
+#include "row_kernels.h"
+
+namespace pymathrl {
+
+// One per compilation of row_kernels.cpp.
+namespace base {
+extern const RowKernels kernels;
+}
+#ifdef PYMATHRL_X86_LEVELS
+namespace v3 {
+extern const RowKernels kernels;
+}
+namespace v4 {
+extern const RowKernels kernels;
+}
+#endif
+
+namespace {
+
+struct Level {
+  const char* name;
+  const RowKernels* kernels;
+  bool available;
+};
+
+Level choose() {
+#ifdef PYMATHRL_X86_LEVELS
+  __builtin_cpu_init();
+  const Level levels[] = {{"v4", &v4::kernels, __builtin_cpu_supports("x86-64-v4") != 0},
+                          {"v3", &v3::kernels, __builtin_cpu_supports("x86-64-v3") != 0},
+                          {"base", &base::kernels, true}};
+#else
+  const Level levels[] = {{"base", &base::kernels, true}};
+#endif
+  const char* wanted = std::getenv("PYMATHRL_SIMD");
+  for (const Level& level : levels)
+    if (level.available && (!wanted || !*wanted || std::strcmp(wanted, level.name) == 0)) return level;
+  fail("PYMATHRL_SIMD must be a level that this processor has (base, v3 = AVX2, v4 = AVX-512), got '", wanted, "'");
+}
+
+const Level& level() {
+  static const Level chosen = choose();
+  return chosen;
+}
+
+}  // namespace
+
+const RowKernels& row_kernels() { return *level().kernels; }
+const char* simd_level() { return level().name; }
+
+}  // namespace pymathrl

@@ -1,0 +1,65 @@
+"""The row kernels give the same bits on every processor level, and refuse a level that is not there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from pymathrl import _C
+from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
+
+LEVELS = {"base": ("base",), "v3": ("base", "v3"), "v4": ("base", "v3", "v4")}[_C.simd_level()]
+
+
+def digest() -> str:
+    """A hash of everything that the row kernels compute, over widths with and without a rest, and all dtypes."""
+    h = hashlib.sha256()
+    generator = torch.Generator().manual_seed(0)
+    for width in (5, 48, 1000, 4111):
+        logits = 5 * torch.randn(7, width, generator=generator)
+        logits[0, 2] = -torch.inf
+        where = torch.arange(7)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            z = logits.to(dtype)
+            forward = token_logprob(z, where % width, temperature=0.7, min_p=0.01)
+            grads = torch.linspace(-1, 1, 7)
+            dz = token_logprob_backward_(
+                z.clone(), where % width, forward.lse, forward.entropy, grads, grads.flip(0), 0.7
+            )
+            results = [*forward, dz.float()]
+            for kw in ({}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}):
+                results += sample_token(z, 1, where, where, **kw)
+            for x in results:
+                h.update(x.numpy().tobytes())
+    return h.hexdigest()
+
+
+@pytest.mark.skipif(len(LEVELS) == 1, reason="this processor has one level only: nothing to compare")
+def test_levels_agree_bit_for_bit() -> None:
+    expected = digest()
+    for level in LEVELS[:-1]:  # the last is the one this process runs
+        environment = os.environ | {"PYMATHRL_SIMD": level}
+        done = subprocess.run(
+            [sys.executable, __file__], env=environment, capture_output=True, text=True, check=True, timeout=120
+        )
+        assert done.stdout.split() == [level, expected]
+
+
+def test_unknown_level() -> None:
+    code = "import torch; from pymathrl import _C; _C.simd_level()"
+    environment = os.environ | {"PYMATHRL_SIMD": "v9"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode != 0
+    assert "PYMATHRL_SIMD must be a level that this processor has" in done.stderr
+
+
+if __name__ == "__main__":
+    print(_C.simd_level(), digest())
