@@ -21,7 +21,7 @@ from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
-WORKSPACE_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
+WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
 ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMM
 
 
@@ -150,10 +150,11 @@ class _FusedHead(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)
-        return grad_hidden * scale, grad_weight * scale, None, None, None, None, None, None
+        scale = grad_loss.to(grad_hidden.dtype)  # in place: both buffers are this node's own
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None, None
 
 
 def _gemm(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:

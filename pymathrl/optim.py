@@ -51,6 +51,9 @@ class Optimizer:
         """One update. A nan or inf in the loss or in any gradient changes neither weights nor optimizer state."""
         rate = self.learning_rate()
         self.updates += 1
+        for p in self.parameters:
+            if p.grad is None:  # no live row in the step: its gradient is exactly 0, and momentum and decay go on
+                p.grad = torch.zeros_like(p)
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.linalg.vector_norm(
             torch.stack([torch.linalg.vector_norm(g, dtype=torch.float32) for g in gradients])

@@ -41,7 +41,7 @@ def problem(dtype=torch.float32):
 
 def naive(hidden, weight, targets, terms, spec, dtype):
     """All logits at once, plain torch, autograd."""
-    h, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+    h, w = (t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
     logps = torch.log_softmax(h @ w.T / 0.8, -1)
     logp = logps.gather(1, targets[:, None])[:, 0]
     extra = dict(spec.terms)
@@ -59,7 +59,7 @@ def naive(hidden, weight, targets, terms, spec, dtype):
 
 
 def ours(hidden, weight, targets, terms, spec, chunk):
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    h, w = (t.detach().clone().requires_grad_() for t in (hidden, weight))
     out = fused_policy_loss(h, w, targets, terms, spec, temperature=0.8, chunk_rows=chunk)
     (3.0 * out.loss).backward()  # any factor must pass through
     return out.loss.detach(), h.grad / 3, w.grad / 3
@@ -87,9 +87,11 @@ def test_the_comparison_rejects_wrong_heads():
     spec = SPECS["rover"]
     expected = naive(*args, spec, torch.float64)
     shifted = torch.roll(targets, 1)
+    across = terms.link.clone()
+    across[CUTS[1:-1] - 1] = 1  # from the last token of a sequence to the first of the next
     mutants = {
         "temperature": (hidden / 0.8, weight, targets, terms),
-        "link": (hidden, weight, targets, dataclasses.replace(terms, link=torch.ones_like(terms.link))),
+        "link": (hidden, weight, targets, dataclasses.replace(terms, link=across)),
         "target": (hidden, weight, shifted, terms),
         "normaliser": (hidden, weight, targets, dataclasses.replace(terms, coef=terms.coef * 2)),
     }

@@ -1,4 +1,4 @@
-"""The kernels: one thin wrapper each, with its plain torch reference `<op>_ref` beside it. Usable from any training loop.
+"""The kernels: one thin wrapper each, its plain torch reference `<op>_ref` beside it. Usable from any training loop.
 
 PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
 """

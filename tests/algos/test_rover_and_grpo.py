@@ -94,7 +94,7 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
             pieces.append(grpo_equations(x, a, len(x), 8, 0.1, 0.15))
     expected = torch.stack(pieces).sum()
     expected.backward()
-    assert float(report.loss) == pytest.approx(float(expected), rel=1e-5)
+    assert float(report.loss) == pytest.approx(expected.item(), rel=1e-5)
     for n, p in model.named_parameters():
         worst = float((got[n].double() - p.grad).norm() / p.grad.norm())
         assert worst < 2e-5, (n, worst)
