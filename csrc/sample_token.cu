@@ -8,7 +8,7 @@
 namespace pymathrl {
 namespace {
 
-using Mass = unsigned long long;  // fixed point, kMassBits after the point at most
+using Mass = unsigned long long;  // of e, in fixed point: 1 is mass_one
 
 constexpr int kBins = 1024;       // of a histogram, and chunks of the inverse CDF at most
 constexpr int kPerLane = kBins / 32;
@@ -55,7 +55,7 @@ struct RowSearch {
   int64_t width;
   bool aligned;
   float max, scale;
-  int mass_bits;
+  float mass_one;  // a power of two, so large that the sum over the row still fits 63 bits
   Shared* shared;
 
   __device__ __forceinline__ void load(int64_t j, float* x) const {
@@ -82,7 +82,7 @@ struct RowSearch {
   }
 
   __device__ Mass mass_of(float value) const {
-    return __float2ull_rz(ldexpf(row_exp2(value, max, scale), mass_bits));
+    return __float2ull_rz(row_exp2(value, max, scale) * mass_one);
   }
 
   __device__ int distance_bin(float value) const {
@@ -108,8 +108,8 @@ struct RowSearch {
   // The first non-empty bin with above + (bins up to it) >= the target, of count or of mass. A target above everything
   // gives the last non-empty bin. share >= 0: the target is that share of the histogram's own mass, less kTie. All threads
   // call it and get the result; ends in a barrier.
-  __device__ __noinline__ Found locate(bool by_mass, int64_t above_count, Mass above_mass, int64_t target_count, Mass target_mass,
-                          double share) const {
+  __device__ __noinline__ Found locate(bool by_mass, int64_t above_count, Mass above_mass, int64_t target_count,
+                                       Mass target_mass, double share) const {
     if (threadIdx.x < 32) {
       const int lane = threadIdx.x, first = lane * kPerLane;
       int64_t count = 0;
@@ -161,7 +161,7 @@ struct RowSearch {
   // The last token that top-k (by_mass = false) or top-p keeps among the tokens inside `limit`; kept_mass: the mass up to
   // and including it. target: k, or top_p times limit_mass (limit_mass 0: of the mass of all tokens).
   __device__ __noinline__ Cut boundary(bool by_mass, int64_t k, double top_p, Mass limit_mass, const Cut& limit,
-                          Mass* kept_mass) const {
+                                       Mass* kept_mass) const {
     histogram([&](float value, int64_t j) { return limit.keeps(1.0f, value, j) ? distance_bin(value) : -1; });
     const bool own_total = by_mass && limit_mass == 0;
     Mass target = static_cast<Mass>(top_p * (1.0 - kTie) * static_cast<double>(limit_mass));
@@ -193,10 +193,11 @@ struct RowSearch {
     const Mass one = mass_of(cut.z);
     int64_t rank = k - f.above_count;  // how many of the equal values are kept, at least 1
     if (by_mass && (one == 0 || f.above_mass >= target)) rank = 1;
-    if (by_mass && one != 0 && f.above_mass < target) rank = static_cast<int64_t>((target - f.above_mass + one - 1) / one);
+    if (by_mass && one != 0 && f.above_mass < target)
+      rank = static_cast<int64_t>((target - f.above_mass + one - 1) / one);
     rank = rank < 1 ? 1 : (rank > f.bin_count ? f.bin_count : rank);
     *kept_mass = f.above_mass + static_cast<Mass>(rank) * one;
-    cut.index = rank == f.bin_count && !by_mass ? limit_index(cut.z, limit) : equal_rank(cut.z, rank, limit);
+    cut.index = rank == f.bin_count ? limit_index(cut.z, limit) : equal_rank(cut.z, rank, limit);
     return cut;
   }
 
@@ -258,11 +259,11 @@ struct RowSearch {
     const int64_t length = parts * kChunk;
     const int chunks = static_cast<int>((width + length - 1) / length);
     float e[kVec];
-    for (int c = warp; c < kBins; c += blockDim.x / 32) {
+    for (int c = chunks + threadIdx.x; c < kBins; c += blockDim.x) shared->chunk[c] = 0.0f;
+    for (int c = warp; c < chunks; c += blockDim.x / 32) {
       float sum = 0.0f;
-      if (c < chunks)
-        for (int64_t part = 0; part < parts; ++part)
-          sum += lane_part(cut, c * length + part * kChunk + lane * kVec, e);
+      for (int64_t part = 0; part < parts; ++part)
+        sum += lane_part(cut, c * length + part * kChunk + lane * kVec, e);
       for (int offset = 16; offset > 0; offset >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
       if (lane == 0) shared->chunk[c] = sum;
     }
@@ -338,6 +339,7 @@ template <class T, int kTeam> __global__ void __launch_bounds__(kTeam) sample_ke
   const double inverse = 1.0 / sample_temperature(p);
   const float inverse_t = static_cast<float>(inverse);
   const int width_bits = 64 - __clzll(p.width), mass_bits = width_bits > 18 ? 62 - width_bits : 44;
+  const float mass_one = as_float(static_cast<uint32_t>(127 + mass_bits) << 23);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* z = static_cast<const T*>(p.logits) + row * p.row_stride;
     const RowSums sums = team_row_sums<T, kTeam>(z, p.width, aligned, inverse_t, threadIdx.x, shared.reduce);
@@ -346,7 +348,7 @@ template <class T, int kTeam> __global__ void __launch_bounds__(kTeam) sample_ke
       if (threadIdx.x == 0) sample_token_fail(p, row);
       continue;
     }
-    RowSearch search{z, p.dtype, p.width, aligned, sums.max, inverse_t * kLog2E, mass_bits, &shared};
+    RowSearch search{z, p.dtype, p.width, aligned, sums.max, inverse_t * kLog2E, mass_one, &shared};
     int64_t id;
     double kept = sums.e;
     if (p.temperature == 0.0) {
