@@ -77,8 +77,8 @@ if not _C.has_cuda:
 print("gpu_suite: built", _C.__file__)' || exit 2
 
 run_tests() {
-  "$python" -m pytest -p no:cacheprovider -rs -m gpu --durations=5 tests || return
-  "$python" -m pytest -p no:cacheprovider -rs -m "not gpu" tests/ops
+  "$python" -m pytest -p no:cacheprovider -rsfE -m gpu --durations=5 tests || return
+  "$python" -m pytest -p no:cacheprovider -rsfE -m "not gpu" tests/ops
 }
 
 # Only the kernels of this package, not torch's; each allocation on its own, so that one tensor's end is the memory's end.

@@ -10,4 +10,4 @@ cd "$here/.."
 bin=${PYMATHRL_VENV:-$PWD/.venv}/bin
 "$bin/python" -m ruff check .
 "$bin/python" -m mypy
-exec "$bin/python" -m pytest -rs "$@"
+exec "$bin/python" -m pytest -rsfE "$@"
