@@ -1,10 +1,12 @@
 // The only file that knows Python. Each op: check the arguments, fill its Params, release the GIL, run CPU or CUDA.
 #include <pybind11/pybind11.h>
 
+#include "attention.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "group_advantage.h"
 #include "policy_loss.h"
+#include "rms_norm.h"
 #include "row_kernels.h"
 #include "sample_token.h"
 #include "token_logprob.h"
@@ -245,6 +247,147 @@ void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, u
     x[i] = philox_uniform(seed, static_cast<uint64_t>(u[i]), static_cast<uint32_t>(t[i]), stream_id);
 }
 
+// Shapes shared by the attention ops. qkv: [..., (H+2K)E].
+int64_t attention_head_dim(const char* op, const Tensor& qkv, int64_t heads, int64_t kv_heads) {
+  int64_t head_dim = qkv.size[qkv.ndim - 1] / (heads + 2 * kv_heads);
+  if (head_dim < 1 || head_dim % 8 || head_dim > kMaxHead)
+    fail(op, ": the head size must be a multiple of 8 and at most ", kMaxHead, ", got ", head_dim, "; use torch's ",
+         "scaled_dot_product_attention for it");
+  return head_dim;
+}
+
+void check_pad(const char* op, const Tensor& t, const int64_t* pad, int64_t rows, int64_t last) {
+  if (t.device >= 0) return;  // on a GPU the check would wait for the device
+  for (int64_t b = 0; b < rows; ++b)
+    if (pad[b] < 0 || pad[b] > last)
+      fail(op, ": pad must be in [0, ", last, "], got ", pad[b], " in row ", b, "; a row has at least one token");
+}
+
+AttentionParams attention_params(const Args& args, const char* op, const Tensor& qkv, const Tensor& angle,
+                                 const Tensor* pad, const Tensor& keys, const Tensor& out, const Tensor& lse,
+                                 int64_t heads, int64_t kv_heads, float scale) {
+  AttentionParams p{};
+  p.rows = qkv.size[0];
+  p.columns = qkv.size[1];
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = attention_head_dim(op, qkv, heads, kv_heads);
+  p.scale = scale;
+  p.qkv = args.dense<float>("qkv", qkv, {p.rows, p.columns, (heads + 2 * kv_heads) * p.head_dim});
+  p.angle = args.dense<float>("angle", angle, {p.columns, p.head_dim / 2, 2});
+  p.pad = args.optional<int64_t>("pad", pad, {p.rows});
+  if (p.pad) check_pad(op, *pad, p.pad, p.rows, p.columns - 1);
+  p.keys = args.dense<float>("keys", keys, {p.rows, kv_heads, p.columns, p.head_dim});
+  p.out = args.dense<float>("out", out, {p.rows, p.columns, heads * p.head_dim});
+  p.lse = args.dense<float>("lse", lse, {p.rows, heads, p.columns});
+  return p;
+}
+
+void attention(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const Tensor& keys, const Tensor& out,
+               const Tensor& lse, int64_t heads, int64_t kv_heads, float scale, uintptr_t stream) {
+  Args args("attention", qkv);
+  AttentionParams p = attention_params(args, "attention", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return attention_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  attention_cpu(p);
+}
+
+void attention_backward(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const Tensor& keys,
+                        const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv, int64_t heads,
+                        int64_t kv_heads, float scale, uintptr_t stream) {
+  Args args("attention_backward", qkv);
+  AttentionParams p =
+      attention_params(args, "attention_backward", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
+  p.dout = args.dense<float>("dout", dout, {p.rows, p.columns, heads * p.head_dim});
+  p.dqkv = args.dense<float>("dqkv", dqkv, {p.rows, p.columns, (heads + 2 * kv_heads) * p.head_dim});
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return attention_backward_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  attention_backward_cpu(p);
+}
+
+// cache: [2B,K,C,E], the keys of all rows, then the values.
+void decode_attention(const Tensor& qkv, const Tensor& angle, const Tensor& cache, const Tensor& pad, const Tensor& out,
+                      int64_t column, int64_t heads, int64_t kv_heads, float scale, uintptr_t stream) {
+  Args args("decode_attention", qkv);
+  DecodeAttentionParams p{};
+  p.rows = qkv.size[0];
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = attention_head_dim("decode_attention", qkv, heads, kv_heads);
+  p.column = column;
+  p.capacity = cache.size[2];
+  p.scale = scale;
+  p.qkv = args.dense<float>("qkv", qkv, {p.rows, (heads + 2 * kv_heads) * p.head_dim});
+  p.angle = args.dense<float>("angle", angle, {angle.size[0], p.head_dim / 2, 2});
+  p.cache = args.dense<float>("cache", cache, {2 * p.rows, kv_heads, p.capacity, p.head_dim});
+  p.pad = args.dense<int64_t>("pad", pad, {p.rows});
+  p.out = args.dense<float>("out", out, {p.rows, heads * p.head_dim});
+  if (column < 0 || column >= p.capacity || column >= angle.size[0])
+    fail("decode_attention: column must be in [0, ", p.capacity < angle.size[0] ? p.capacity : angle.size[0],
+         ") (columns of the cache, positions of angle), got ", column, "; make the cache larger");
+  check_pad("decode_attention", pad, p.pad, p.rows, column);
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return decode_attention_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  decode_attention_cpu(p);
+}
+
+void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* sum, const Tensor& y,
+              const Tensor* rstd, float eps, uintptr_t stream) {
+  Args args("rms_norm", x);
+  RmsNormParams p{};
+  p.rows = x.size[0];
+  p.width = x.size[1];
+  p.x = args.dense<float>("x", x, {p.rows, p.width});
+  p.residual = args.optional<float>("residual", residual, {p.rows, p.width});
+  p.weight = args.dense<float>("weight", weight, {p.width});
+  p.sum = args.optional<float>("sum", sum, {p.rows, p.width});
+  if (!p.sum != !p.residual) fail("rms_norm: sum is the output of x + residual; give both or neither");
+  p.y = args.dense<float>("y", y, {p.rows, p.width});
+  p.rstd = args.optional<float>("rstd", rstd, {p.rows});
+  p.eps = eps;
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return rms_norm_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  rms_norm_cpu(p);
+}
+
+void rms_norm_backward(const Tensor& h, const Tensor& weight, const Tensor& rstd, const Tensor& dy,
+                       const Tensor* dh_out, const Tensor& dh, const Tensor& dw, uintptr_t stream) {
+  Args args("rms_norm_backward", h);
+  RmsNormGradParams p{};
+  p.rows = h.size[0];
+  p.width = h.size[1];
+  p.h = args.dense<float>("h", h, {p.rows, p.width});
+  p.weight = args.dense<float>("weight", weight, {p.width});
+  p.rstd = args.dense<float>("rstd", rstd, {p.rows});
+  p.dy = args.dense<float>("dy", dy, {p.rows, p.width});
+  p.dh_out = args.optional<float>("dh_out", dh_out, {p.rows, p.width});
+  p.dh = args.dense<float>("dh", dh, {p.rows, p.width});
+  p.dw = args.dense<float>("dw", dw, {1 + rms_norm_blocks(p.rows), p.width});
+  py::gil_scoped_release release;
+#ifdef PYMATHRL_CUDA
+  if (args.use_cuda()) return rms_norm_backward_cuda(p, args.device(), stream_handle(stream));
+#endif
+  args.use_cuda();
+  (void)stream;
+  rms_norm_backward_cpu(p);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -290,4 +433,18 @@ PYBIND11_MODULE(_C, m) {
         py::arg("top_p"), py::arg("min_p"), py::arg("stream"));
   m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
         py::arg("stream_id"));
+
+  m.def("attention", &attention, py::arg("qkv"), py::arg("angle"), py::arg("pad"), py::arg("keys"), py::arg("out"),
+        py::arg("lse"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("stream"));
+  m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("angle"), py::arg("pad"), py::arg("keys"),
+        py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dqkv"), py::arg("heads"), py::arg("kv_heads"),
+        py::arg("scale"), py::arg("stream"));
+  m.def("decode_attention", &decode_attention, py::arg("qkv"), py::arg("angle"), py::arg("cache"), py::arg("pad"),
+        py::arg("out"), py::arg("column"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("stream"));
+
+  m.def("rms_norm_blocks", &rms_norm_blocks, py::arg("rows"));
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("sum"), py::arg("y"),
+        py::arg("rstd"), py::arg("eps"), py::arg("stream"));
+  m.def("rms_norm_backward", &rms_norm_backward, py::arg("h"), py::arg("weight"), py::arg("rstd"), py::arg("dy"),
+        py::arg("dh_out"), py::arg("dh"), py::arg("dw"), py::arg("stream"));
 }

@@ -14,8 +14,10 @@ from collections.abc import Callable
 import torch
 
 from pymathrl.ops._call import _C, DTYPES, view
+from pymathrl.ops.attention import attention, decode_attention
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
 from pymathrl.ops.policy_loss import policy_loss
+from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 from pymathrl.ops.sample_token import sample_token
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -77,11 +79,32 @@ def run_sample_token(device: str) -> None:
             sample_token(logits, 1, uid, step, **options)
 
 
+def run_attention(device: str) -> None:
+    for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 40)):
+        qkv = torch.randn(ROWS, 19, (heads + 2 * kv_heads) * head_dim).to(device).requires_grad_()
+        angle = torch.polar(torch.ones(19, head_dim // 2), torch.rand(19, head_dim // 2)).to(device)
+        pad = torch.arange(ROWS).to(device)
+        attention(qkv, angle, heads, kv_heads, 0.2, pad).out.sum().backward()
+        cache = torch.zeros(2, ROWS, kv_heads, 19, head_dim).to(device)
+        step = qkv.detach()[:, 0].contiguous()
+        decode_attention(step, angle, cache, pad, 18, heads, kv_heads, 0.2)
+
+
+def run_rms_norm(device: str) -> None:
+    x = torch.randn(517, 131).to(device).requires_grad_()
+    weight = torch.rand(131).to(device).requires_grad_()
+    rms_norm(x, weight, 1e-6).sum().backward()
+    h, y = add_rms_norm(x, x, weight, 1e-6)
+    (h + y).sum().backward()
+
+
 RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "group_advantage": run_group_advantage,
     "policy_loss": run_policy_loss,
     "token_logprob": run_token_logprob,
     "sample_token": run_sample_token,
+    "attention": run_attention,
+    "rms_norm": run_rms_norm,
 }
 
 

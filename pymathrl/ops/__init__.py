@@ -5,8 +5,17 @@ PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
 
 from pymathrl.ops._call import IMPL, WHY
 from pymathrl.ops.aggregation import aggregation_coef
+from pymathrl.ops.attention import (
+    Attention,
+    attention,
+    attention_ref,
+    attention_supports,
+    decode_attention,
+    decode_attention_ref,
+)
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
+from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
 from pymathrl.ops.token_logprob import (
     TokenLogprob,
@@ -19,16 +28,26 @@ from pymathrl.ops.token_logprob import (
 __all__ = [
     "IMPL",
     "WHY",
+    "Attention",
     "GroupAdvantage",
     "PolicyLoss",
     "SampleToken",
     "TokenLogprob",
+    "add_rms_norm",
+    "add_rms_norm_ref",
     "aggregation_coef",
+    "attention",
+    "attention_ref",
+    "attention_supports",
+    "decode_attention",
+    "decode_attention_ref",
     "group_advantage",
     "group_advantage_ref",
     "merge_stats",
     "policy_loss",
     "policy_loss_ref",
+    "rms_norm",
+    "rms_norm_ref",
     "sample_token",
     "sample_token_ref",
     "token_logprob",

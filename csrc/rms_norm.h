@@ -1,0 +1,50 @@
+// rms_norm: h = x + r (or h = x), y = h * rstd * w, rstd = 1 / sqrt(mean(h^2) + eps)   (Zhang & Sennrich, arXiv 1910.07467)
+//   dh = rstd (w dy - h rstd^2 mean(w dy h)) + dh_out, dw = sum over rows of dy h rstd;  dx = dr = dh.
+// N rows, D width, fp32. Bytes: forward 8ND, with the sum 16ND; backward 12ND, with the gradient of h 16ND. About one
+// flop per byte: memory-bound; torch's own kernel on a CPU makes several passes.
+#pragma once
+#include "common/row_softmax.h"
+
+namespace pymathrl {
+
+constexpr int64_t kNormRows = 32;  // rows whose dw adds up in fp32; such sums add up in double, in order (256 rows: 3x the error)
+
+struct RmsNormParams {
+  const float* x;         // [N,D]
+  const float* residual;  // [N,D] or null
+  const float* weight;    // [D]
+  float* sum;             // [N,D] out: h; null where residual is
+  float* y;               // [N,D] out
+  float* rstd;            // [N] out, or null
+  int64_t rows, width;
+  float eps;
+};
+
+struct RmsNormGradParams {
+  const float* h;        // [N,D]
+  const float* weight;   // [D]
+  const float* rstd;     // [N] of the forward
+  const float* dy;       // [N,D]
+  const float* dh_out;   // [N,D] gradient that reaches h on its other way, or null
+  float* dh;             // [N,D] out
+  float* dw;             // [1 + ceil(N/kNormRows), D]: row 0 out, the rest the sums of the blocks
+  int64_t rows, width;
+};
+
+inline int64_t rms_norm_blocks(int64_t rows) { return (rows + kNormRows - 1) / kNormRows; }
+
+void rms_norm_cpu(const RmsNormParams& p);
+void rms_norm_cuda(const RmsNormParams& p, int device, void* stream);
+void rms_norm_backward_cpu(const RmsNormGradParams& p);
+void rms_norm_backward_cuda(const RmsNormGradParams& p, int device, void* stream);
+
+HD float rms_norm_rstd(float sum_of_squares, int64_t width, float eps) {
+  return 1.0f / sqrtf(sum_of_squares / static_cast<float>(width) + eps);
+}
+
+// dh of an element; mean = mean over the row of w dy h. F: float or f32x16.
+template <class F> HD F rms_norm_grad(F h, F weighted_dy, float rstd, float mean) {
+  return rstd * (weighted_dy - h * (rstd * rstd * mean));
+}
+
+}  // namespace pymathrl
