@@ -87,19 +87,20 @@ def test_kernels_and_references_give_the_same_losses(algo, tmp_path):
     """5 steps with the C++ kernels and 5 with the plain torch references: the same losses to 1e-5."""
     runs = {impl: tmp_path / impl for impl in ("kernel", "ref")}
     for impl, out in runs.items():
-        # several passes over each batch: the losses are far from their value at ratio 1, which for GRPO is about 0
-        more = ["--prompts-per-step", "4", "--epochs", "3", "--lr", "1e-3", "--max-new-tokens", "48"]
-        argv = ["--algo", algo, "--steps", "5", "--eval-every", "0", "--out", str(out), *RUN, *more]
+        argv = ["--algo", algo, "--steps", "5", "--eval-every", "0", "--out", str(out), *RUN, "--prompts-per-step", "4"]
         text = finish(command(*argv, env={"PYMATHRL_IMPL": impl}), 0)
         assert ("PYMATHRL_IMPL=ref" in text) == (impl == "ref")
     kernel, ref = losses(runs["kernel"]), losses(runs["ref"])
-    assert len(kernel) == 5 and any(abs(x) > 1e-3 for x in kernel), kernel
-    assert kernel == pytest.approx(ref, abs=1e-5)
+    assert len(kernel) == 5 and kernel == pytest.approx(ref, abs=1e-5)
+    # GRPO's loss is near 0 whatever its gradient is, as advantages sum to 0 in a group: the gradients must agree too
+    norms = {impl: [m["grad_norm"] for m in read_metrics(out) if "loss" in m] for impl, out in runs.items()}
+    assert norms["kernel"] == pytest.approx(norms["ref"], rel=1e-3) and max(norms["kernel"]) > 0.05
 
 
 # The Nth call of the sampler kills the process: inside the decode loop, with some tokens drawn and none kept.
 KILL = """
-import os, signal, pymathrl.rollout.generate as g
+import importlib, os, signal
+g = importlib.import_module('pymathrl.rollout.generate')
 real, calls = g.sample_token, [0]
 def sample_token(*args, **options):
     calls[0] += 1
@@ -109,7 +110,8 @@ def sample_token(*args, **options):
 g.sample_token = sample_token
 """
 COUNT = """
-import atexit, sys, pymathrl.rollout.generate as g
+import atexit, importlib
+g = importlib.import_module('pymathrl.rollout.generate')
 real, calls = g.sample_token, [0]
 def sample_token(*args, **options):
     calls[0] += 1
