@@ -76,7 +76,7 @@ def batches(encode, eos: int, size: int, seed: int) -> Iterator[tuple[torch.Tens
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="pymathrl/assets/tiny")
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--rows", type=int, default=64, help="rows per step")
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--width", type=int, default=96)
