@@ -1,7 +1,8 @@
 """pymathrl: reinforcement learning of language models on verifiable mathematics, on one copy of the weights.
 
     policy = pymathrl.load("builtin:tiny")
-    rollout = pymathrl.generate(policy, [policy.tokenizer.encode("3 4 2 -> 10\\n<think>")], 8, 64, seed=0, uids=range(8))
+    prompt = policy.tokenizer.encode("3 4 2 -> 10\\n<think>")
+    rollout = pymathrl.generate(policy, [prompt], 8, 64, seed=0, uids=range(8))
 
 The commands are `python -m pymathrl.train`, `.eval` and `.report`; the kernels are in `pymathrl.ops`, the algorithms in
 `pymathrl.algos.REGISTRY`, the tasks in `pymathrl.tasks.TASKS`.

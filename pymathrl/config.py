@@ -139,8 +139,9 @@ def parse_train(argv: list[str] | None = None) -> Run:
     if saved:
         _check_resume(typed, known.algo, saved)
     values = {**preset, **saved, **file, **typed}
-    sources = {**{k: f"preset of {model}, {k}" for k in preset}, **{k: f"{known.resume}/config.toml, {k}" for k in saved},
-               **{k: f"{known.config}, {k}" for k in file}, **{k: flag(k) for k in typed}}  # fmt: skip
+    sources = {k: f"preset of {model}, {k}" for k in preset}
+    sources |= {k: f"{known.resume}/config.toml, {k}" for k in saved}
+    sources |= {k: f"{known.config}, {k}" for k in file} | {k: flag(k) for k in typed}
     values.pop("algo", None)
     train, own = _build(TrainConfig, values, sources), _build(algo.config, values, sources)
     options = {
@@ -154,7 +155,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
     if train.prompts_per_step % train.minibatches:
         raise UserError(
-            f"--minibatches must divide --prompts-per-step: expected a divisor of {train.prompts_per_step}, got {train.minibatches}"
+            f"--minibatches must divide --prompts-per-step: expected a divisor of "
+            f"{train.prompts_per_step}, got {train.minibatches}"
         )
     return Run(algo, train, own, options, Path(known.resume) if known.resume else None, given.dry_run)
 
@@ -272,7 +274,6 @@ def _unknown(word: str, algo: Algo, task: str, parser: argparse.ArgumentParser) 
         if word in {flag(n) for n in _names(other.config)}:
             raise UserError(f"{word} is an option of --algo {other.name}, not of --algo {algo.name}")
     if word.startswith("--task-"):
-        raise UserError(
-            f"{word} is not an option of the task {task}; {nearest(word, (flag('task_' + k) for k in _task_options(task)))}"
-        )
+        options = [flag("task_" + k) for k in _task_options(task)]
+        raise UserError(f"{word} is not an option of the task {task}; {nearest(word, options)}")
     raise UserError(f"unknown option {word}; {nearest(word, parser._option_string_actions)}")

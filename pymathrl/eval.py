@@ -40,7 +40,7 @@ def sample_uids(problems: Sequence[Problem], samples: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: pass@k and its standard error over problems, diversity, coverage, lengths; per problem its grades, texts, stops, lengths."""
+    """metrics: pass@k with its standard error over problems, diversity, coverage, lengths. Lists: an entry per problem."""
 
     metrics: dict[str, float]
     problems: list[Problem]
@@ -79,7 +79,8 @@ def evaluate(
     kept = [(p, ids) for p, ids in encoded if len(ids) <= max_prompt_tokens]
     if not kept:
         raise UserError(
-            f"no problem to evaluate: all {len(problems)} prompts of the task {task.name} exceed {max_prompt_tokens} tokens"
+            f"no problem to evaluate: all {len(problems)} prompts of the task {task.name} "
+            f"exceed {max_prompt_tokens} tokens"
         )
     per_part = max(1, rows // samples)
     grades, texts, stops, lengths = [], [], [], []
@@ -209,19 +210,23 @@ def _run(argv: Sequence[str] | None) -> None:
 def _print(args: argparse.Namespace, ks: Sequence[int], result: Evaluation) -> None:
     m = result.metrics
     print(
-        f"{args.model} on {args.task}: {len(result.grades)} problems x {args.n} responses, temperature {args.temperature:g}"
+        f"{args.model} on {args.task}: {len(result.grades)} problems x {args.n} responses, "
+        f"temperature {args.temperature:g}"
     )
     if result.too_long:
         print(f"  left out        {result.too_long} problems with prompts over {args.max_prompt_tokens} tokens")
     for k in ks:
         print(
-            f"  pass@{k:<10} {100 * m[f'pass@{k}']:6.2f} % +- {100 * m[f'pass@{k}_se']:.2f} (standard error over problems)"
+            f"  pass@{k:<10} {100 * m[f'pass@{k}']:6.2f} % +- {100 * m[f'pass@{k}_se']:.2f} "
+            "(standard error over problems)"
         )
     print(
-        f"  diversity       {m['diversity']:6.2f} distinct correct solutions per solved problem ({100 * m['coverage']:.1f} % solved)"
+        f"  diversity       {m['diversity']:6.2f} distinct correct solutions per solved problem "
+        f"({100 * m['coverage']:.1f} % solved)"
     )
     print(
-        f"  response length {m['completions/mean_length']:6.1f} tokens, {100 * m['completions/clipped_ratio']:.1f} % cut off"
+        f"  response length {m['completions/mean_length']:6.1f} tokens, "
+        f"{100 * m['completions/clipped_ratio']:.1f} % cut off"
     )
     print(f"  {result.tokens:,} tokens in {show_time(result.seconds)}, {result.tokens / result.seconds:,.0f} tokens/s")
 

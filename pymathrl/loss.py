@@ -27,7 +27,7 @@ ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMM
 
 @dataclass(frozen=True)
 class TokenTerms:
-    """What the loss of N sampled tokens is made of, rows of a sequence in order; constants, no gradient flows into them.
+    """What the loss of N sampled tokens is made of, rows of a sequence in order. Constants without gradient.
 
     old_logp, advantage, coef  fp32 [N]   coef: share of the token in the loss (normaliser and weights)
     old_mean_logp              fp32 [N]   form "rover": the sampler's mean log-prob
@@ -56,7 +56,7 @@ class TokenTerms:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """loss: fp32 scalar, differentiable in hidden and weight. logp, entropy, mean_logp: fp32 [N], of the current policy.
+    """loss: fp32 scalar, differentiable in hidden and weight. logp, entropy, mean_logp: fp32 [N], of the policy now.
     stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
 
     loss: Tensor

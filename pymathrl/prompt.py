@@ -11,7 +11,7 @@ from pymathrl.tasks import Problem, Task
 
 @dataclass(frozen=True)
 class Prompts:
-    """problems [P] and their token ids [P]; `cursor` is where the next draw begins, `too_long` how many were passed over."""
+    """problems [P] and their token ids [P]; cursor: where the next draw begins; too_long: how many were passed over."""
 
     problems: list[Problem]
     ids: list[list[int]]
@@ -40,7 +40,7 @@ def draw(policy: Policy, task: Task, *, cursor: int, count: int, seed: int, max_
             too_long += 1
             if too_long >= 1000 + 10 * count:
                 raise UserError(
-                    f"--max-prompt-tokens: {too_long} prompts of the task {task.name} in a row exceed {max_tokens} tokens "
+                    f"--max-prompt-tokens: {too_long} prompts of the task {task.name} exceed {max_tokens} tokens "
                     f"(the last has {len(prompt)}); raise it"
                 )
             continue

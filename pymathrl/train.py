@@ -240,12 +240,13 @@ class Session:
         missed = len(applied) - sum(applied)
         if missed:
             self.log.note(
-                f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity); weights unchanged by them"
+                f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity)"
             )
         if state.skips_in_a_row >= MAX_SKIPS:
             raise UserError(
                 f"{state.skips_in_a_row} updates in a row had nan or infinite rewards, losses or gradients and were "
-                f"skipped; the checkpoints in {self.out / 'checkpoints'} are whole: look at the task's rewards, or lower --lr"
+                f"skipped; the checkpoints in {self.out / 'checkpoints'} are whole: look at the task's rewards, "
+                "or lower --lr"
             )
 
     def evaluate(self, problems: int, samples: int) -> dict[str, float]:
@@ -329,11 +330,11 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> li
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
-        f"memory    {_gib(total)} at most of {_gib(free)} free: weights {_gib(weights)}, gradients and AdamW {_gib(update)}, "
-        f"then KV cache {_gib(cache)} or activations {_gib(activations)}",
-        f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most {c.max_new_tokens} tokens "
-        f"= {rows * c.max_new_tokens:,} tokens at most; {c.epochs * c.minibatches} updates of "
-        f"{rows // c.minibatches} responses; {c.steps} steps",
+        f"memory    {_gib(total)} at most of {_gib(free)} free: weights {_gib(weights)}, "
+        f"gradients and AdamW {_gib(update)}, then KV cache {_gib(cache)} or activations {_gib(activations)}",
+        f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "
+        f"{c.max_new_tokens} tokens = {rows * c.max_new_tokens:,} tokens at most; "
+        f"{c.epochs * c.minibatches} updates of {rows // c.minibatches} responses; {c.steps} steps",
     ]  # fmt: skip
     if total > free:
         lines.append(

@@ -58,7 +58,7 @@ def rows(encode, seed: int) -> Iterator[tuple[list[int], list[int]]]:
 
 
 def batches(encode, eos: int, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """ids int64 [b,S] right-padded and labels [b,S] (the next response token, -100 elsewhere); rows of like length together."""
+    """ids int64 [b,S] right-padded, labels [b,S] (the next response token, -100 elsewhere); like lengths together."""
     stream, rng = rows(encode, seed), random.Random(seed + 1)
     while True:
         pool = sorted((next(stream) for _ in range(size * 16)), key=lambda row: len(row[0]) + len(row[1]))
@@ -86,9 +86,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     tokenizer = char_tokenizer()
     config = ModelConfig(
-        vocab_size=16 * math.ceil(len(tokenizer) / 16), hidden_size=args.width, intermediate_size=args.width * 8 // 3 // 16 * 16,
-        num_layers=args.layers, num_heads=args.width // 32, num_kv_heads=args.width // 32, head_dim=32, max_positions=512,
-        eos_ids=(tokenizer.eos_id,), pad_id=tokenizer.pad_id,
+        vocab_size=16 * math.ceil(len(tokenizer) / 16), hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3 // 16 * 16, num_layers=args.layers,
+        num_heads=args.width // 32, num_kv_heads=args.width // 32, head_dim=32, max_positions=512, eos_ids=(tokenizer.eos_id,), pad_id=tokenizer.pad_id,
     )  # fmt: skip
     policy = new_policy(config, tokenizer, prompt_style="compact", seed=SEED)
     model = policy.model
@@ -104,7 +104,8 @@ def main() -> None:
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps of {args.rows} rows", flush=True
     )
     start, mean, tokens = time.perf_counter(), 0.0, 0
-    for step, (ids, labels) in zip(range(args.steps), batches(tokenizer.encode, tokenizer.eos_id, args.rows, SEED)):
+    stream = batches(tokenizer.encode, tokenizer.eos_id, args.rows, SEED)
+    for step, (ids, labels) in zip(range(args.steps), stream, strict=False):  # the stream has no end
         rate = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
         for group in adamw.param_groups:
             group["lr"] = rate
@@ -119,10 +120,8 @@ def main() -> None:
         if (step + 1) % 200 == 0:
             seconds = time.perf_counter() - start
             left = seconds / (step + 1) * (args.steps - step - 1)
-            print(
-                f"step {step + 1}: loss {mean / 200:.4f} nats/token, {tokens / seconds:,.0f} tokens/s, {left / 60:.1f} min left",
-                flush=True,
-            )
+            speed = f"{tokens / seconds:,.0f} tokens/s, {left / 60:.1f} min left"
+            print(f"step {step + 1}: loss {mean / 200:.4f} nats/token, {speed}", flush=True)
             mean = 0.0
         if (step + 1) % 2000 == 0:
             save(policy, Path(args.out))

@@ -5,14 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-
-def cuda_skip_reason() -> str | None:
-    """Why the CUDA twins cannot run here; None where they can."""
-    if not torch.cuda.is_available():
-        return "no NVIDIA GPU on this machine"
-    from pymathrl import _C
-
-    return None if _C.has_cuda else "extension built without CUDA"
+from tests.gpu import cuda_skip_reason
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

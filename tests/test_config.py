@@ -58,7 +58,7 @@ def test_config_toml_round_trip(tmp_path):
 def test_wrong_input_is_one_sentence_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(argv) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err.startswith("error: ") and err.count("\n") == 1 and "Traceback" not in err
     for word in words:
         assert word in err, err

@@ -138,9 +138,8 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(name):
     gradients, losses = [], []
     for budget in (10_000, 60, 1):
         policy.model.zero_grad()
-        report = minibatch_loss(
-            policy.model, batch, range(8), algo.loss(algo.config()), temperature=1.0, token_budget=budget, max_new_tokens=9
-        )
+        spec, options = algo.loss(algo.config()), dict(temperature=1.0, max_new_tokens=9)
+        report = minibatch_loss(policy.model, batch, range(8), spec, token_budget=budget, **options)
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
         losses.append(float(report.loss))
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5, abs=1e-7)

@@ -1,4 +1,4 @@
-"""Whole runs: they leave the promised files, resume to the same bits, agree with the references, and survive bad input."""
+"""Whole runs: they leave the promised files, resume to the same bits, agree with the references, survive bad input."""
 
 import json
 import math
@@ -21,7 +21,8 @@ from pymathrl.train import main
 from tests.tiny import SMALL_RUN, read_metrics, save_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
-RUN = [*SMALL_RUN, "--prompts-per-step", "8", "--max-new-tokens", "64", "--lr", "3e-4"]  # the built-in model, which earns rewards
+# on the built-in model, which earns rewards
+RUN = [*SMALL_RUN, "--prompts-per-step", "8", "--max-new-tokens", "64", "--lr", "3e-4"]
 
 
 def command(*argv: str, env: dict[str, str] | None = None, driver: str = "", **options) -> subprocess.Popen:
@@ -57,10 +58,10 @@ def test_a_run_leaves_the_promised_files(algo, tmp_path, capsys):
     steps = [m for m in metrics if "loss" in m]
     assert [m["step"] for m in steps] == [1, 2, 3]
     for name in (
-        "reward", "reward_std", "frac_reward_zero_std", "accuracy", "completions/mean_length", "completions/clipped_ratio",
-        "entropy", "clip_ratio/low", "clip_ratio/high", "kl", "grad_norm", "learning_rate", "ratio/max", "logp_gap/mean",
-        "logp_gap/max", "tokens_per_second", "time/prompt", "time/rollout", "time/verify", "time/advantage", "time/loss",
-        "time/optim",
+        "reward", "reward_std", "frac_reward_zero_std", "accuracy", "completions/mean_length",
+        "completions/clipped_ratio", "entropy", "clip_ratio/low", "clip_ratio/high", "kl", "grad_norm", "learning_rate",
+        "ratio/max", "logp_gap/mean", "logp_gap/max", "tokens_per_second", "time/prompt", "time/rollout", "time/verify",
+        "time/advantage", "time/loss", "time/optim",
     ):  # fmt: skip
         assert name in steps[-1], name
     assert "eval/pass@1" in steps[1]
@@ -176,7 +177,7 @@ def test_resume_refuses_other_options_and_says_when_done(tmp_path, capsys):
 def test_a_run_on_the_built_in_model_is_better_after(tmp_path):
     """It learns: 16 steps of ROVER, one third of a default run's samples, must lift held-out accuracy by 4 points."""
     out = tmp_path / "run"
-    argv = ["--steps", "16", "--eval-every", "0", "--eval-problems", "128", "--eval-samples", "8", "--checkpoint-every", "0"]
+    argv = ["--steps", "16", "--eval-every", "0", "--eval-problems", "128", "--eval-samples", "8"]
     assert main(["--algo", "rover", "--out", str(out), *argv]) == 0
     summary = json.loads((out / "summary.json").read_text())
     assert summary["after"]["pass@1"] > summary["before"]["pass@1"] + 0.04, summary
@@ -208,8 +209,8 @@ def test_bad_rewards_are_reported_and_end_the_run_when_they_go_on(bad, tmp_path,
     model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
     before = load_file(model / "model.safetensors")
     monkeypatch.setattr(Countdown, "grade", lambda self, problem, text: Grade(bad, False, None, None, "test"))
-    argv = ["--algo", "rover", "--model", str(model), "--steps", "30", "--checkpoint-every", "1", "--out", str(out), *SMALL_RUN]
-    assert main(argv) == 2
+    argv = ["--algo", "rover", "--model", str(model), "--steps", "30", "--checkpoint-every", "1", "--out", str(out)]
+    assert main([*argv, *SMALL_RUN]) == 2
     captured = capsys.readouterr()
     assert "rewards are nan or infinite" in captured.out
     assert "10 updates in a row" in captured.err and "Traceback" not in captured.err
@@ -266,8 +267,8 @@ def test_disk_full_while_saving_keeps_the_earlier_checkpoint(tmp_path, monkeypat
         real(policy, folder)
 
     monkeypatch.setattr(train_module, "save", full)
-    argv = ["--algo", "rover", "--model", str(model), "--steps", "3", "--checkpoint-every", "1", "--out", str(out), *SMALL_RUN]
-    assert main(argv) == 2
+    argv = ["--algo", "rover", "--model", str(model), "--steps", "3", "--checkpoint-every", "1", "--out", str(out)]
+    assert main([*argv, *SMALL_RUN]) == 2
     err = capsys.readouterr().err
     assert "No space left" in err or "disk is full" in err.lower() or "space" in err
     monkeypatch.setattr(train_module, "save", real)

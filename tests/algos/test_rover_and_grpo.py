@@ -51,7 +51,7 @@ def grpo_equations(x, a, lengths, rows, low, high):
 @pytest.mark.parametrize("name", ["rover", "grpo"])
 @pytest.mark.parametrize("budget", [10_000, 40])
 def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget):
-    """The whole path (packing, micro-batches, fused head, kernels) against the paper's equations under plain autograd."""
+    """The whole path (packing, micro-batches, fused head, kernels) against the paper's equations under autograd."""
     policy = tiny_policy(seed=3)
     algo = REGISTRY[name]
     config = algo.config(rho=0.7, beta=0.8) if name == "rover" else algo.config(clip_low=0.1, clip_high=0.15)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracle import accepts, assert_accurate
+from tests.oracle import accepts, assert_accurate
 
 from pymathrl.ops.attention import attention, attention_ref, decode_attention, decode_attention_ref, rotate_ref
 

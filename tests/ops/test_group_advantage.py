@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import assert_accurate
+from tests.oracle import assert_accurate
 
 from pymathrl.ops import group_advantage, group_advantage_ref
 from pymathrl.ops.group_advantage import CENTRES, SCALES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import accepts, relative_l2
+from tests.oracle import accepts, relative_l2
 from policy_cases import call, draw
 
 from pymathrl.ops import aggregation_coef, group_advantage, group_advantage_ref

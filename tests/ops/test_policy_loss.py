@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from oracle import assert_accurate
+from tests.oracle import assert_accurate
 from policy_cases import CASES, call, draw, part
 
 from pymathrl.ops import aggregation_coef, merge_stats, policy_loss, policy_loss_ref
@@ -466,7 +466,7 @@ def test_on_policy_equals_old_of_the_same_values(device):
 
 @pytest.mark.gpu
 def test_cuda_graph_replays_the_call():
-    from conftest import cuda_skip_reason
+    from tests.gpu import cuda_skip_reason
 
     if reason := cuda_skip_reason():
         pytest.skip(reason)

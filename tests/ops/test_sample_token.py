@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracle import assert_accurate
+from tests.oracle import assert_accurate
 
 from pymathrl.ops.sample_token import SampleToken, philox_uniform, sample_token, sample_token_ref
 from pymathrl.ops.token_logprob import TIE, token_logprob
@@ -279,7 +279,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.gpu
 def test_cuda_graph() -> None:
-    from conftest import cuda_skip_reason
+    from tests.gpu import cuda_skip_reason
 
     if reason := cuda_skip_reason():
         pytest.skip(reason)

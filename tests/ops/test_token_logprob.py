@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from oracle import accepts, assert_accurate
+from tests.oracle import accepts, assert_accurate
 
 from pymathrl.ops.token_logprob import (
     PROXY_FLOOR,
@@ -313,7 +313,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.gpu
 def test_cuda_ids_out_of_range() -> None:
-    from conftest import cuda_skip_reason
+    from tests.gpu import cuda_skip_reason
 
     if reason := cuda_skip_reason():
         pytest.skip(reason)
@@ -326,7 +326,7 @@ def test_cuda_ids_out_of_range() -> None:
 
 @pytest.mark.gpu
 def test_cuda_graph() -> None:
-    from conftest import cuda_skip_reason
+    from tests.gpu import cuda_skip_reason
 
     if reason := cuda_skip_reason():
         pytest.skip(reason)
