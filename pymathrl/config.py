@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from pymathrl.algos import REGISTRY, Algo
 from pymathrl.errors import UserError, nearest
 from pymathrl.options import at_least, convert, flag, option, positive, value_type
-from pymathrl.tasks import TASKS
+from pymathrl.tasks import OPTION_HELP, TASKS, task_options
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ def parse_train(argv: list[str] | None = None) -> Run:
         raise UserError(f"--algo: unknown algorithm {name!r}; {nearest(str(name), REGISTRY)}")
     algos = [REGISTRY[name]] if name else list(REGISTRY.values())
     task = known.task or file.get("task") or saved.get("task") or _default("task")
-    task_defaults = {} if helping and task not in TASKS else _task_options(task)
+    task_defaults = {} if helping and task not in TASKS else task_options(task)
     parser = _parser(algos, task_defaults)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -181,12 +181,6 @@ def _default(name: str) -> Any:
 
 def _names(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
-
-
-def _task_options(task: str) -> dict[str, Any]:
-    from pymathrl.tasks import task_options
-
-    return task_options(task)
 
 
 def _build(cls: type, values: dict[str, Any], sources: dict[str, str]) -> Any:
@@ -262,7 +256,8 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
         _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
     group = parser.add_argument_group("--task countdown" if not task_defaults else "the task")
     for key, default in task_defaults.items():
-        group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=f"[{default}]")
+        text = f"{OPTION_HELP[key]} [{default}]"
+        group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=text)
     return parser
 
 
@@ -274,6 +269,6 @@ def _unknown(word: str, algo: Algo, task: str, parser: argparse.ArgumentParser) 
         if word in {flag(n) for n in _names(other.config)}:
             raise UserError(f"{word} is an option of --algo {other.name}, not of --algo {algo.name}")
     if word.startswith("--task-"):
-        options = [flag("task_" + k) for k in _task_options(task)]
+        options = [flag("task_" + k) for k in task_options(task)]
         raise UserError(f"{word} is not an option of the task {task}; {nearest(word, options)}")
     raise UserError(f"unknown option {word}; {nearest(word, parser._option_string_actions)}")

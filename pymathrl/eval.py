@@ -40,7 +40,7 @@ def sample_uids(problems: Sequence[Problem], samples: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """metrics: pass@k with its standard error over problems, diversity, coverage, lengths. Lists: an entry per problem."""
+    """metrics: pass@k with its standard error over problems, diversity, coverage, lengths; lists per problem."""
 
     metrics: dict[str, float]
     problems: list[Problem]

@@ -329,7 +329,7 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> li
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
-        f"device    {device}: {where}; {WHY}",
+        f"device    {device}: {where}; {policy.model.attention_path()[1]}; {WHY}",
         f"memory    {_gib(total)} at most of {_gib(free)} free: weights {_gib(weights)}, "
         f"gradients and AdamW {_gib(update)}, then KV cache {_gib(cache)} or activations {_gib(activations)}",
         f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "

@@ -85,11 +85,19 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = char_tokenizer()
+    heads = args.width // 32
     config = ModelConfig(
-        vocab_size=16 * math.ceil(len(tokenizer) / 16), hidden_size=args.width,
-        intermediate_size=args.width * 8 // 3 // 16 * 16, num_layers=args.layers,
-        num_heads=args.width // 32, num_kv_heads=args.width // 32, head_dim=32, max_positions=512, eos_ids=(tokenizer.eos_id,), pad_id=tokenizer.pad_id,
-    )  # fmt: skip
+        vocab_size=16 * math.ceil(len(tokenizer) / 16),
+        hidden_size=args.width,
+        intermediate_size=args.width * 8 // 3 // 16 * 16,
+        num_layers=args.layers,
+        num_heads=heads,
+        num_kv_heads=heads,
+        head_dim=32,
+        max_positions=512,
+        eos_ids=(tokenizer.eos_id,),
+        pad_id=tokenizer.pad_id,
+    )
     policy = new_policy(config, tokenizer, prompt_style="compact", seed=SEED)
     model = policy.model
     with torch.no_grad():

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymathrl.errors import UserError
-from pymathrl.ops._call import use_reference
+from pymathrl.ops._call import _C, use_reference
 from pymathrl.ops.attention import attention, attention_supports, decode_attention
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 
@@ -424,14 +424,18 @@ class Decoder(nn.Module):
         scale[: c.num_heads] = c.head_dim**-0.5
         return self.angles(positions)[:, None] * scale
 
-    def _fused(self, x: Tensor) -> bool:
-        """True where the package's attention and norm run: fp32 on a CPU. Elsewhere torch's kernels do."""
-        return (
-            x.dtype == torch.float32
-            and not x.is_cuda
-            and attention_supports(self.config.head_dim)
-            and not use_reference()
-        )
+    def attention_path(self) -> tuple[bool, str]:
+        """(whether the package's attention and norm kernels run, why). Elsewhere torch's do."""
+        if use_reference():
+            return False, "torch's attention and norms (PYMATHRL_IMPL=ref)"
+        if self.dtype != torch.float32 or self.embed.is_cuda:
+            return False, f"torch's attention and norms ({self.dtype} on {self.device.type}; ours are for fp32 on a CPU)"
+        if not attention_supports(self.config.head_dim):
+            return False, f"torch's attention and norms (ours do not take heads of {self.config.head_dim})"
+        if _C.simd_level() != "v4":
+            # their vectors are 16 floats wide, and gcc splits comparisons of such vectors into single floats on AVX2
+            return False, f"torch's attention and norms (ours need AVX-512; the level here is {_C.simd_level()})"
+        return True, "our attention and norms"
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids int64 [B,S], right-padded with any valid id -> [B,S,D] after the last norm; differentiable in weights.
@@ -440,7 +444,7 @@ class Decoder(nn.Module):
         """
         x = F.embedding(ids, self.embed)
         angle = self.angles(ids.shape[1])
-        if self._fused(x):
+        if self.attention_path()[0]:
             branch = None
             for layer in cast(Iterator[Layer], iter(self.layers)):
                 x, branch = layer.fused(x, branch, angle)
@@ -507,7 +511,7 @@ class Decoder(nn.Module):
             angle = cache.angles[col - cache.pad]
             bias = cache.bias[..., :n]
         x = F.embedding(ids, self.embed)
-        if self._fused(x) and c.num_heads > c.num_kv_heads:
+        if c.num_heads > c.num_kv_heads and self.attention_path()[0]:
             # with a single query per key/value head the kernel waits for its own sums: 2.0 ms a layer against 0.7 ms
             # of two batched products at 512 rows, 3 heads of 32, 40 columns, one thread
             return self._decode_fused(x, cache)

@@ -13,7 +13,7 @@ from pymathrl.tasks.countdown import countdown, countdown_file
 from pymathrl.tasks.jsonl import read_objects
 from pymathrl.tasks.problem import Grade, Problem
 
-__all__ = ["TASKS", "Grade", "Problem", "Task", "load_task", "task_options"]
+__all__ = ["OPTION_HELP", "TASKS", "Grade", "Problem", "Task", "load_task", "task_options"]
 
 
 class Task(Protocol):
@@ -47,6 +47,25 @@ class Task(Protocol):
 
 
 TASKS: dict[str, Callable[..., Task]] = {"countdown": countdown, "arithmetic": Arithmetic}
+
+# What --help says of each option of `task_options`.
+OPTION_HELP = {
+    "nmin": "fewest numbers of a problem",
+    "nmax": "most numbers of a problem",
+    "lo": "smallest number given",
+    "hi": "largest number given",
+    "tlo": "smallest target",
+    "thi": "largest target",
+    "terms_min": "fewest terms of a chain",
+    "terms_max": "most terms of a chain",
+    "digits_min": "fewest digits of a term",
+    "digits_max": "most digits of a term",
+    "ops": "operations that may occur, some of +-*",
+    "format_score": "reward of a well-formed wrong answer; 0 pays for correctness only",
+    "allow_subset": "true: numbers may be left unused",
+    "compat": "exact, or rover for the text rules of the ROVER scorer",
+    "split": "hash: train on most rows and hold some out; all: every row is for evaluation, none for training",
+}
 
 _BOOLEANS = {"true": True, "false": False}
 

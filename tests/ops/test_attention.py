@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.oracle import accepts, assert_accurate
 
 from pymathrl.ops.attention import attention, attention_ref, decode_attention, decode_attention_ref, rotate_ref
+from tests.oracle import accepts, assert_accurate
 
 # rows, columns, query heads, key/value heads, head size
 SHAPES = [

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.oracle import assert_accurate
 
 from pymathrl.ops import group_advantage, group_advantage_ref
 from pymathrl.ops.group_advantage import CENTRES, SCALES
+from tests.oracle import assert_accurate
 
 TOY = torch.tensor([1.0, 0, 0, 1])
 ONE_OF_FOUR = torch.tensor([1.0, 0, 0, 0])

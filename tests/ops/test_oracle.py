@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.oracle import accepts, relative_l2
 from policy_cases import call, draw
 
 from pymathrl.ops import aggregation_coef, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import STATS
+from tests.oracle import accepts, relative_l2
 
 DATA = draw(4096, seed=0)
 COUNT = int(DATA["mask"].sum())

@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tests.oracle import assert_accurate
 from policy_cases import CASES, call, draw, part
 
 from pymathrl.ops import aggregation_coef, merge_stats, policy_loss, policy_loss_ref
 from pymathrl.ops.policy_loss import MAXIMA, MINIMA, STATS, SUMS
+from tests.oracle import assert_accurate
 
 # One group of four answers, lengths 3, 2, 3, 1, rewards 1, 0, 0, 1; values worked by hand and in float64 numpy.
 LENGTHS = torch.tensor([3, 2, 3, 1])

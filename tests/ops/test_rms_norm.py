@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.oracle import accepts, assert_accurate
 
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from tests.oracle import accepts, assert_accurate
 
 EPS = 1e-6
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.oracle import assert_accurate
 
 from pymathrl.ops.sample_token import SampleToken, philox_uniform, sample_token, sample_token_ref
 from pymathrl.ops.token_logprob import TIE, token_logprob
+from tests.oracle import assert_accurate
 
 FILTERS = [
     {},

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from tests.oracle import accepts, assert_accurate
 
 from pymathrl.ops.token_logprob import (
     PROXY_FLOOR,
@@ -16,6 +15,7 @@ from pymathrl.ops.token_logprob import (
     token_logprob_backward_ref,
     token_logprob_ref,
 )
+from tests.oracle import accepts, assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DIFFERENTIABLE = ("logp", "entropy")

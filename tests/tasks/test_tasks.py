@@ -1,7 +1,7 @@
 import pytest
 
 from pymathrl.errors import UserError
-from pymathrl.tasks import TASKS, load_task, task_options
+from pymathrl.tasks import OPTION_HELP, TASKS, load_task, task_options
 from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown
 
@@ -61,3 +61,10 @@ def test_files(tmp_path):
         load_task(path)
     assert "line 1: expected an object with the fields 'nums'" in str(error.value)
     assert "got the fields 'question', 'answer'" in str(error.value)
+
+
+def test_every_option_has_its_help(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"nums": [1, 2], "target": 3}\n')
+    names = {option for task in (*TASKS, file) for option in task_options(task)}
+    assert names == OPTION_HELP.keys()
