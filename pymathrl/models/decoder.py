@@ -429,7 +429,7 @@ class Decoder(nn.Module):
         if use_reference():
             return False, "torch's attention and norms (PYMATHRL_IMPL=ref)"
         if self.dtype != torch.float32 or self.embed.is_cuda:
-            return False, f"torch's attention and norms ({self.dtype} on {self.device.type}; ours are for fp32 on a CPU)"
+            return False, f"torch's attention and norms ({self.dtype} on {self.device.type}; ours: fp32 on a CPU)"
         if not attention_supports(self.config.head_dim):
             return False, f"torch's attention and norms (ours do not take heads of {self.config.head_dim})"
         if _C.simd_level() != "v4":
