@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from pymathrl.algos import REGISTRY, Algo
 from pymathrl.errors import UserError, nearest
 from pymathrl.options import at_least, convert, flag, option, positive, value_type
-from pymathrl.tasks import OPTION_HELP, TASKS, task_options
+from pymathrl.tasks import OPTION_HELP, TASKS, convert_option, task_options
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,12 @@ def parse_train(argv: list[str] | None = None) -> Run:
 
     saved = _read_toml(Path(known.resume) / "config.toml") if known.resume and not helping else {}
     file = _read_toml(Path(known.config)) if known.config and not helping else {}
+    if known.resume and known.config:
+        raise UserError("--config and --resume exclude each other: a resumed run keeps the options it was started with")
+    for source, table in ((known.config, file), (f"{known.resume}/config.toml", saved)):
+        for key in ("algo", "model", "task"):
+            if not isinstance(table.get(key, ""), str):
+                raise UserError(f"{source}, {key}: expected a string, got {table[key]!r}")
     name: Any = known.algo or file.get("algo") or saved.get("algo")
     if name is None and not helping:
         raise UserError(f"--algo is missing; give one of {', '.join(REGISTRY)}, for example --algo rover")
@@ -134,10 +140,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
 
     model = typed.get("model") or file.get("model") or saved.get("model") or _default("model")
     preset = {} if saved else PRESETS.get(model, {})
-    if saved and file:
-        raise UserError("--config and --resume exclude each other: a resumed run keeps the options it was started with")
     if saved:
-        _check_resume(typed, known.algo, saved)
+        _check_resume(typed, known.algo, saved, algo, task)
     values = {**preset, **saved, **file, **typed}
     sources = {k: f"preset of {model}, {k}" for k in preset}
     sources |= {k: f"{known.resume}/config.toml, {k}" for k in saved}
@@ -145,7 +149,7 @@ def parse_train(argv: list[str] | None = None) -> Run:
     values.pop("algo", None)
     train, own = _build(TrainConfig, values, sources), _build(algo.config, values, sources)
     options = {
-        k.removeprefix("task_"): values.pop(k)
+        k.removeprefix("task_"): convert_option(task, k.removeprefix("task_"), values.pop(k))
         for k in list(values)
         if k.removeprefix("task_") in task_defaults and k.startswith("task_")
     }
@@ -199,15 +203,22 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid TOML: {error}") from None
 
 
-def _check_resume(typed: dict[str, Any], algo: str | None, saved: dict[str, Any]) -> None:
-    if algo is not None and algo != saved.get("algo"):
+def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any], algo: Algo, task: str) -> None:
+    if given is not None and given != saved.get("algo"):
         raise UserError(
-            f"--algo: the run was started with {saved.get('algo')!r}, got {algo!r}; start a new run instead"
+            f"--algo: the run was started with {saved.get('algo')!r}, got {given!r}; start a new run instead"
         )
-    for key, value in typed.items():
-        if key not in RESUME_MAY_CHANGE and str(saved.get(key)) != str(value):
+    for key, text in typed.items():
+        if key.startswith("task_"):
+            option = key.removeprefix("task_")
+            value = convert_option(task, option, text)
+            before = saved.get(key, task_options(task)[option])
+        else:
+            value = convert(TrainConfig if key in _names(TrainConfig) else algo.config, key, text, flag(key))
+            before = saved.get(key)
+        if key not in RESUME_MAY_CHANGE and before != value:
             raise UserError(
-                f"{flag(key)} cannot change when a run is resumed: it was {saved.get(key)!r}, got {value!r}; "
+                f"{flag(key)} cannot change when a run is resumed: it was {before!r}, got {value!r}; "
                 f"free to change: {', '.join(flag(k) for k in RESUME_MAY_CHANGE)}"
             )
 
@@ -254,7 +265,7 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     _add_options(parser, "every run", TrainConfig)
     if len(algos) == 1:
         _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
-    group = parser.add_argument_group("--task countdown" if not task_defaults else "the task")
+    group = parser.add_argument_group("the task (--task NAME --help shows those of another)")
     for key, default in task_defaults.items():
         text = f"{OPTION_HELP[key]} [{default}]"
         group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=text)

@@ -7,7 +7,7 @@ sample): two models, or one model before and after training, are compared on the
 from __future__ import annotations
 
 import argparse
-import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,19 +21,22 @@ from pymathrl import devices
 from pymathrl.batch import STOP_LENGTH, STOP_NAMES, Rollout
 from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
-from pymathrl.log import show_time
+from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import Policy, load
 from pymathrl.prompt import encode
 from pymathrl.rollout import generate
-from pymathrl.tasks import Grade, Problem, Task, load_task
+from pymathrl.tasks import TASKS, Grade, Problem, Task, load_task
 from pymathrl.verify import verify
 
+MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
 EVAL_STREAM = 0x65766131 << 32  # mixed into the seed: an evaluation never repeats a draw of a training rollout
 
 
 def sample_uids(problems: Sequence[Problem], samples: int) -> torch.Tensor:
     """int64 [P*samples]: the identity of each sample, which keys its random numbers: (problem uid, sample index)."""
+    if samples > MAX_SAMPLES:
+        raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {samples}")
     problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
     return ((problem << 16)[:, None] + torch.arange(samples)).flatten()
 
@@ -128,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
         "--model", required=True, help="a folder in the Hugging Face layout (a checkpoint), a hub name, or builtin:tiny"
     )
     add("--task", default="countdown", help="a task or a problem file PATH.jsonl, all rows of it [countdown]")
+    add("--split", help="of a file: all rows, or held-out: the eighth that no training of this package ever sees [all]")
     add("--problems", type=int, help="held-out problems [1024 generated ones, or every row of a file]")
     add("--n", type=int, default=64, help="responses sampled per problem [64]")
     add("--k", default="1,8,64", help="the k of pass@k, comma-separated; those above --n are left out [1,8,64]")
@@ -162,7 +166,7 @@ def _run(argv: Sequence[str] | None) -> None:
     for name in ("problems", "max_new_tokens"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(args, name)}")
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1 or not 0 <= args.min_p <= 1:
         raise UserError(
             f"expected --temperature >= 0, --top-p in (0, 1] and --min-p in [0, 1], "
             f"got {args.temperature}, {args.top_p} and {args.min_p}"
@@ -178,7 +182,15 @@ def _run(argv: Sequence[str] | None) -> None:
         raise UserError(f"--k: expected a k of at most --n {args.n}, got {args.k!r}")
     device = devices.resolve(args.device)
     devices.set_threads(args.threads)
-    task = load_task(args.task, split="all") if args.task.endswith(".jsonl") else load_task(args.task)
+    if args.split is not None and args.task in TASKS:
+        raise UserError(f"--split is for problem files; the problems of the task {args.task} are all held out")
+    split = {None: "all", "all": "all", "held-out": "hash"}.get(args.split)
+    if split is None:
+        raise UserError(f"--split: expected all or held-out, got {args.split!r}")
+    task = load_task(args.task) if args.task in TASKS else load_task(args.task, split=split)
+    if args.task not in TASKS and split == "all":
+        print("note: every row of the file is graded; rows that the model may have been trained on are not left out, "
+              "see --split held-out", file=sys.stderr)  # fmt: skip
     policy = load(args.model, device)
     limit = args.max_new_tokens or (64 if policy.prompt_style == "compact" else 1024)
     problems = task.test(args.problems)
@@ -204,7 +216,7 @@ def _run(argv: Sequence[str] | None) -> None:
         path = Path(args.json)
         with explain_os_errors("write the evaluation", path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, json.dumps(_record(settings, result), indent=1).encode())
+            write_atomic(path, to_json(_record(settings, result), indent=1).encode())
 
 
 def _print(args: argparse.Namespace, ks: Sequence[int], result: Evaluation) -> None:

@@ -1,7 +1,8 @@
 """The numbers of a run: files that programs read, and progress that a person reads.
 
-    RUN/metrics.jsonl    one object per step: "step" and the metrics below; nan and infinity are null and listed in
-    "nonfinite" RUN/samples.jsonl    {"step", "problem", "text", "reward", ...}, for reading
+    RUN/metrics.jsonl    one object per step: "step" and the metrics below; nan and infinity are null and are listed
+                         in "nonfinite"
+    RUN/samples.jsonl    {"step", "problem", "text", "reward", ...}, for reading
     RUN/summary.json     before and after, written once at the end
     RUN/tensorboard/     the same numbers as metrics.jsonl
 
@@ -202,8 +203,8 @@ class RunLog:
     # --- what the trainer reports ---
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """The metrics of training step `step` (1 = after the first update).  One line in metrics.jsonl, on disk when
-        this returns."""
+        """The metrics of training step `step` (1 = after the first update).  One line in metrics.jsonl, with the
+        operating system when this returns: a kill cannot lose it, a power cut can."""
         values = {**_plain(metrics), **self._held_evals.pop(step, {})}
         self._write_metrics(step, values)
         self._done, self._last = step, values

@@ -172,7 +172,6 @@ class LossReport:
 
     loss: Tensor  # fp32 scalar on the device, detached
     stats: list[Tensor]  # fp32 [K] of each micro-batch, see `pymathrl.ops.policy_loss.STATS`
-    entropy_sum: Tensor  # fp32 scalar: sum of the entropies of the trained tokens
     tokens: int  # N, trained tokens
     rows: int  # B, responses
     idle_rows: int  # of these, left out because their gradient is exactly zero
@@ -213,7 +212,7 @@ def minibatch_loss(
     link[:-1] = same_row & (rollout.role[1:] == ROLE_SAMPLED)
 
     report = LossReport(
-        loss=torch.zeros((), device=rollout.device), stats=[], entropy_sum=torch.zeros((), device=rollout.device),
+        loss=torch.zeros((), device=rollout.device), stats=[],
         tokens=tokens, rows=rollout.rows, idle_rows=rollout.rows - live.numel(),
     )  # fmt: skip
     for micro in micro_batches(rollout, live, token_budget):
@@ -226,6 +225,5 @@ def minibatch_loss(
         out = fused_policy_loss(hidden, model.head_weight, micro.targets, terms, spec, temperature=temperature)
         out.loss.backward()
         report.loss += out.loss.detach()
-        report.entropy_sum += out.entropy.sum()
         report.stats.append(out.stats)
     return report

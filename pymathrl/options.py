@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, get_args, get_type_hints
 
@@ -65,7 +66,7 @@ def convert(cls: type, name: str, value: Any, source: str) -> Any:
         if kind is int and isinstance(value, float) and value != number:
             raise wrong
         value = number
-        if number != number:
+        if not math.isfinite(number):
             raise wrong
     if meta.get("choices") and value not in meta["choices"]:
         raise UserError(f"{source}: got {value!r}; {nearest(str(value), meta['choices'])}")

@@ -7,6 +7,7 @@ batch from one to the next, evaluates, and keeps what a person needs: progress, 
 from __future__ import annotations
 
 import math
+import os
 import signal
 import sys
 import time
@@ -29,11 +30,11 @@ from pymathrl.checkpoint import (
     truncate_metrics,
     write_atomic,
 )
-from pymathrl.config import Run, parse_train, write_toml
+from pymathrl.config import Run, TrainConfig, parse_train, write_toml
 from pymathrl.errors import UserError
 from pymathrl.eval import evaluate, sample_uids
 from pymathrl.log import RunLog, StageTimer
-from pymathrl.loss import LossReport, minibatch_loss
+from pymathrl.loss import WORKSPACE_BYTES, LossReport, minibatch_loss
 from pymathrl.metrics import completion_stats
 from pymathrl.models import Policy, load, save
 from pymathrl.ops._call import WHY
@@ -85,7 +86,9 @@ class Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        os.write(
+            2, b"\nstopping at the next step's end; once more to stop at once\n"
+        )  # print may not be re-entered here
 
 
 def train(run: Run) -> int:
@@ -94,8 +97,13 @@ def train(run: Run) -> int:
     device = devices.resolve(config.device)
     threads = devices.set_threads(config.threads)
     task = load_task(config.task, **run.task_options)
+    if run.resume is not None and not run.dry_run:
+        clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
-    policy = load(str(checkpoint or config.model), device)
+    # fp32 on every device: a step of 1e-6 on a bf16 weight of 0.02 rounds to nothing (the spacing there is 1.2e-4)
+    policy = load(str(checkpoint or config.model), device, torch.float32)
+    config = fit_context(config, policy)
+    run = replace(run, train=config)
     if config.prompt_style != "auto":
         policy = replace(policy, prompt_style=config.prompt_style)
     policy.model.train()
@@ -105,18 +113,18 @@ def train(run: Run) -> int:
         print("\n".join(plan))
         return 0
     state = State()
-    if run.resume is None or checkpoint is None:
+    if run.resume is None:
         out = new_run_dir(run)
     else:
         out = run.resume
-        saved = load_state(checkpoint)
-        optimizer.load_state_dict(saved["optimizer"])
-        state = State(**saved["state"])
-        if state.step >= config.steps:
+        if checkpoint is not None:
+            saved = load_state(checkpoint)
+            optimizer.load_state_dict(saved["optimizer"])
+            state = State(**saved["state"])
+        if state.step >= config.steps and (out / "summary.json").exists():
             print(f"{out}: all {state.step} steps are done; give a larger --steps to go on")
             return 0
-        clean_checkpoints(out)
-        truncate_metrics(out, state.step)
+        truncate_metrics(out, state.step if checkpoint is not None else -1)
     with explain_os_errors("write the run's options", out / "config.toml"):
         write_atomic(out / "config.toml", write_toml(run.values()).encode())
 
@@ -124,11 +132,11 @@ def train(run: Run) -> int:
     with Stop() as stop, RunLog(out, config.steps, start_step=state.step, title=title) as log:
         for line in plan:
             log.note(line)
-        if checkpoint is not None:
-            log.note(f"resumed from {checkpoint}")
+        if run.resume is not None:
+            log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
         session = Session(run, policy, task, optimizer, state, log, out)
         session.loop(stop)
-        if stop.asked:
+        if stop.asked and state.step < config.steps:
             log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.train --resume {out}")
             return 130
         session.finish()
@@ -154,7 +162,7 @@ class Session:
         self.timer = StageTimer(on_enter=self.log.stage)
         self.spec = self.run.algo.loss(self.run.own)
         self.started = time.perf_counter() - self.state.wall_s
-        self.saved_step = -1
+        self.saved_step = self.state.step if self.run.resume is not None else -1
 
     def loop(self, stop: Stop) -> None:
         config, state = self.run.train, self.state
@@ -239,9 +247,7 @@ class Session:
             state.skipped += not ok
         missed = len(applied) - sum(applied)
         if missed:
-            self.log.note(
-                f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity)"
-            )
+            self.log.note(f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity)")
         if state.skips_in_a_row >= MAX_SKIPS:
             raise UserError(
                 f"{state.skips_in_a_row} updates in a row had nan or infinite rewards, losses or gradients and were "
@@ -258,10 +264,19 @@ class Session:
                 ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=config.max_new_tokens,
                 max_prompt_tokens=config.max_prompt_tokens, temperature=config.temperature, rows=config.rollout_rows,
             )  # fmt: skip
+        if result.too_long:
+            self.log.note(
+                f"evaluation: {result.too_long} of {problems} prompts exceed --max-prompt-tokens and are left out"
+            )
         self.log.eval(self.state.step, "eval", result.metrics)
         return result.metrics
 
     def save(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.policy.model.parameters()):
+            raise UserError(
+                f"the weights hold nan or infinity after step {self.state.step}; they are not saved, and the earlier "
+                f"checkpoints in {self.out / 'checkpoints'} are whole: lower --lr"
+            )
         with self.timer("checkpoint"):
             self.state.wall_s = time.perf_counter() - self.started
             content = {"optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy()}
@@ -283,29 +298,40 @@ class Session:
         })  # fmt: skip
 
 
-def newest_checkpoint(out: Path) -> Path:
-    """The newest whole checkpoint of the run in `out`; damaged ones are named and passed over."""
+def fit_context(config: TrainConfig, policy: Policy) -> TrainConfig:
+    """The options with prompts and responses that fit the model's positions together; UserError where none do."""
+    room = policy.config.max_positions - config.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max-new-tokens {config.max_new_tokens} leaves no room for a prompt: the model has "
+            f"{policy.config.max_positions} positions; lower it"
+        )
+    return replace(config, max_prompt_tokens=min(config.max_prompt_tokens, room))
+
+
+def newest_checkpoint(out: Path) -> Path | None:
+    """The newest whole checkpoint of the run in `out`, None before its first; damaged ones are named."""
+    if not (out / "checkpoints").is_dir() or not any((out / "checkpoints").glob("step-*")):
+        return None
     found = latest_checkpoint(out, on_skip=lambda text: print(f"note: {text}", file=sys.stderr))
     if found is None:
-        raise UserError(f"--resume {out}: no whole checkpoint there; start a new run with --out")
+        raise UserError(f"--resume {out}: all checkpoints there are damaged; start a new run in another --out")
     return found[1]
 
 
 def new_run_dir(run: Run) -> Path:
     """--out, which must not hold a run yet; without it the first free name under runs/."""
     config = run.train
-    if config.out is not None:
-        out = Path(config.out)
-        if (out / "config.toml").exists():
+    out = Path(config.out or Path("runs") / f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
+    with explain_os_errors("make the run folder", out):
+        if config.out is None:
+            stem, number = out, 2
+            while out.exists():
+                out, number = Path(f"{stem}-{number}"), number + 1
+        elif (out / "config.toml").exists():
             raise UserError(
                 f"--out {out}: a run is there already; continue it with --resume {out}, or name another folder"
             )
-    else:
-        stem = Path("runs") / f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}"
-        out, number = stem, 2
-        while out.exists():
-            out, number = Path(f"{stem}-{number}"), number + 1
-    with explain_os_errors("make the run folder", out):
         out.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -317,21 +343,24 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> li
     size = policy.model.embed.element_size()
     rows = c.prompts_per_step * c.samples_per_prompt
     side = min(rows, c.rollout_rows)
-    context = min(c.max_prompt_tokens + c.max_new_tokens, m.max_positions)
-    weights = count * size
-    update = count * (size + 8)  # gradients, and two fp32 moments of AdamW
-    cache = side * context * 2 * m.num_layers * m.num_kv_heads * m.head_dim * size
-    # kept for the backward pass per token and layer: about 12 vectors of width D, 5 of the MLP's width
-    activations = c.tokens_per_microbatch * m.num_layers * (12 * m.hidden_size + 5 * m.intermediate_size) * size
-    total, free = weights + update + max(cache, activations), devices.free_bytes(device)
+    context = c.max_prompt_tokens + c.max_new_tokens
+    update = count * 3 * size  # gradients and the two moments of AdamW; the weights are loaded already
+    logits = 2 * side * m.vocab_size * 4
+    cache = side * context * 2 * m.num_layers * m.num_kv_heads * m.head_dim * size + logits
+    micro = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
+    # kept for the backward pass per token and layer: about 12 vectors of width D, 5 of the MLP's width; then the head's
+    activations = micro * m.num_layers * (12 * m.hidden_size + 5 * m.intermediate_size) * size
+    activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
+    total, free = update + max(cache, activations), devices.free_bytes(device)
     where = f"{threads} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     lines = [
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
         f"device    {device}: {where}; {policy.model.attention_path()[1]}; {WHY}",
-        f"memory    {_gib(total)} at most of {_gib(free)} free: weights {_gib(weights)}, "
-        f"gradients and AdamW {_gib(update)}, then KV cache {_gib(cache)} or activations {_gib(activations)}",
+        f"memory    about {_gib(total)} at most of {_gib(free)} free: gradients and AdamW {_gib(update)}, "
+        f"then KV cache and logits {_gib(cache)} or activations {_gib(activations)}; "
+        f"weights {_gib(count * size)} are loaded",
         f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "
         f"{c.max_new_tokens} tokens = {rows * c.max_new_tokens:,} tokens at most; "
         f"{c.epochs * c.minibatches} updates of {rows // c.minibatches} responses; {c.steps} steps",
@@ -418,8 +447,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        print("interrupted; the last checkpoint is whole", file=sys.stderr)
+        print("interrupted; checkpoints written before are whole", file=sys.stderr)
         return 130
 
 

@@ -6,4 +6,8 @@ set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 "$here/setup.sh"
 venv=${PYMATHRL_VENV:-$here/../.venv}
-exec "$venv/bin/python" -m pymathrl.train --algo rover "$@"
+case " $*" in
+  *" --algo"* | *" --resume"* | *" --config"*) ;;
+  *) set -- --algo rover "$@" ;;
+esac
+exec "$venv/bin/python" -m pymathrl.train "$@"

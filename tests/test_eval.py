@@ -24,6 +24,9 @@ def test_json_holds_metrics_and_every_response(tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "again.json"), "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["problems"] == record["problems"], "the same seed gives the same samples"
+    capsys.readouterr()
+    assert main([*argv, "--split", "held-out", "--device", "cpu"]) == 0
+    assert "5 problems" not in capsys.readouterr().out
 
 
 def test_pass_at_k_counts_correct_answers_not_rewards(monkeypatch):
@@ -82,6 +85,9 @@ def test_long_prompts_are_left_out_and_counted(capsys):
         (["--model", "MODEL", "--top-p", "0"], ["--top-p"]),
         (["--model", "MODEL", "--task", "nope"], ["nope", "countdown"]),
         (["--model", "MODEL", "--nn", "4"], ["--nn"]),
+        (["--model", "MODEL", "--temperature", "inf"], ["--temperature"]),
+        (["--model", "MODEL", "--split", "all"], ["--split", "countdown"]),
+        (["--model", "MODEL", "--n", "70000", "--k", "1"], ["65536"]),
     ],
 )
 def test_wrong_input_is_one_sentence(argv, words, capsys, tmp_path):

@@ -168,10 +168,56 @@ def test_resume_refuses_other_options_and_says_when_done(tmp_path, capsys):
     assert "--lr cannot change" in capsys.readouterr().err
     assert main(["--resume", str(out), "--algo", "grpo"]) == 2
     assert "started with 'rover'" in capsys.readouterr().err
+    # the same values in another spelling
+    assert main(["--resume", str(out), "--lr", "0.001", "--temperature", "1"]) == 0
+    capsys.readouterr()
     weights = out / "checkpoints" / "step-1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     assert main(["--resume", str(out), "--steps", "2"]) == 2
-    assert "no whole checkpoint" in capsys.readouterr().err
+    assert "all checkpoints there are damaged" in capsys.readouterr().err
+
+
+def test_resume_before_the_first_checkpoint_and_after_the_last(tmp_path, capsys, monkeypatch):
+    """A run killed before its first checkpoint starts over; one killed in its last evaluation only evaluates."""
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    argv = ["--algo", "rover", "--model", str(model), "--steps", "2", "--checkpoint-every", "0", "--out", str(out)]
+    real = train_module.save_checkpoint
+    monkeypatch.setattr(train_module, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main([*argv, *SMALL_RUN]) == 130
+    assert len([m for m in read_metrics(out) if "loss" in m]) == 2
+    monkeypatch.setattr(train_module, "save_checkpoint", real)
+    assert main(["--resume", str(out)]) == 0
+    assert "starting over" in capsys.readouterr().out
+    assert [m["step"] for m in read_metrics(out) if "loss" in m] == [1, 2]
+    summary = json.loads((out / "summary.json").read_text())
+    (out / "summary.json").unlink()
+    (out / "curves.png").unlink()
+    assert main(["--resume", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["after"] == summary["after"]
+    assert (out / "curves.png").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real = train_module.Optimizer.step
+
+    def poison(self, finite_loss=True):
+        report = real(self, finite_loss)
+        self.parameters[0].data[0, 0] = math.inf
+        return report
+
+    monkeypatch.setattr(train_module.Optimizer, "step", poison)
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 2
+    assert "nan or infinity" in capsys.readouterr().err
+    assert not list((out / "checkpoints").glob("step-*")) if (out / "checkpoints").exists() else True
+
+
+def test_prompts_and_responses_share_the_positions_of_the_model(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")  # 256 positions
+    argv = ["--algo", "rover", "--model", str(model), "--dry-run"]
+    assert main([*argv, "--max-new-tokens", "300"]) == 2
+    assert "--max-new-tokens 300" in capsys.readouterr().err
+    assert main([*argv, "--max-new-tokens", "200", "--max-prompt-tokens", "1000"]) == 0
 
 
 def test_a_run_on_the_built_in_model_is_better_after(tmp_path):
@@ -222,7 +268,7 @@ def test_bad_rewards_are_reported_and_end_the_run_when_they_go_on(bad, tmp_path,
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = save_tiny(tmp_path / "model")
-    assert main(["--algo", "grpo", "--model", str(model), "--dry-run"]) == 0
+    assert main(["--algo", "grpo", "--model", str(model), "--max-new-tokens", "100", "--dry-run"]) == 0
     text = capsys.readouterr().out
     for word in ("grpo", "parameters", "memory", "tokens at most", "KV cache"):
         assert word in text

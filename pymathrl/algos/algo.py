@@ -21,7 +21,7 @@ class LossSpec:
 
     form: a form of `pymathrl.ops.policy_loss`.
     terms: keyword arguments of that op (clip ranges, rho, beta, ...).
-    aggregation: a mode of `pymathrl.ops.policy_loss.aggregation_coef`; counts are those of the whole optimizer step.
+    aggregation: a mode of `pymathrl.ops.aggregation.aggregation_coef`; counts are those of the whole optimizer step.
     idle_when_zero: a token whose advantage is exactly 0 has exactly zero gradient, so that rows of groups with equal
         rewards can be left out of the update without changing it.
     """

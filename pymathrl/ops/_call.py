@@ -25,6 +25,8 @@ DTYPES = {
 
 def view(t: torch.Tensor) -> _C.Tensor:
     """The extension's view of `t`: no copy, no ownership; `t` must outlive the call."""
+    if t.device.type not in ("cpu", "cuda"):
+        raise ValueError(f"the kernels take tensors on a CPU or an NVIDIA GPU, got one on {t.device}")
     return _C.Tensor(t.data_ptr(), DTYPES[t.dtype], tuple(t.shape), t.stride(), t.get_device())
 
 

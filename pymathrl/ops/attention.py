@@ -62,6 +62,10 @@ def decode_attention(
     _check(qkv, 2, heads, kv_heads)
     if use_reference():
         return decode_attention_ref(qkv, angle, cache, pad, column, heads, kv_heads, scale)
+    if cache.ndim != 5 or not cache.is_contiguous():  # it is written in place, so a copy of it would be lost
+        raise ValueError(
+            f"attention: cache must be a contiguous [2,B,K,C,E], got {list(cache.shape)}, strides {cache.stride()}"
+        )
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
     _C.decode_attention(
         view(qkv), view(torch.view_as_real(angle)), view(cache.flatten(0, 1)), view(pad), view(out),

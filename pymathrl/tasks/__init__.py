@@ -13,7 +13,7 @@ from pymathrl.tasks.countdown import countdown, countdown_file
 from pymathrl.tasks.jsonl import read_objects
 from pymathrl.tasks.problem import Grade, Problem
 
-__all__ = ["OPTION_HELP", "TASKS", "Grade", "Problem", "Task", "load_task", "task_options"]
+__all__ = ["OPTION_HELP", "TASKS", "Grade", "Problem", "Task", "convert_option", "load_task", "task_options"]
 
 
 class Task(Protocol):
@@ -86,6 +86,12 @@ def task_options(name: str | Path) -> dict[str, Any]:
     """Option -> default value, of a task or a JSONL file; the meaning is in the docstring of its constructor."""
     build, _ = _resolve(str(name))
     return {key: parameter.default for key, parameter in _options(build).items()}
+
+
+def convert_option(name: str | Path, option: str, value: Any) -> Any:
+    """`value` (text of a command line, or already typed) as the type of that option of the task."""
+    build, _ = _resolve(str(name))
+    return _convert(f"task {name}: {option}", _options(build)[option].annotation, value)
 
 
 def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Path, ...]]:

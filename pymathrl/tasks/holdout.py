@@ -2,7 +2,8 @@
 
 One rule for every task: a problem is held out if the hash of its key says so.  Membership depends on nothing else (no
 seed, no option, no file, no order), so a model made from one training source and tested with another, or with other
-ranges, has still never been trained on a problem of the test set.
+ranges, has still never been trained on a problem of the test set. The exception is a file
+read with split="all": then every row is for evaluation, whether a model was trained on it or not.
 """
 
 import hashlib
