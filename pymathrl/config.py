@@ -216,6 +216,10 @@ def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any
         else:
             value = convert(TrainConfig if key in _names(TrainConfig) else algo.config, key, text, flag(key))
             before = saved.get(key)
+        if key == "steps" and before != value and saved.get("lr_schedule") != "constant":
+            raise UserError(
+                f"--steps cannot change here: the {saved.get('lr_schedule')} schedule of the run ends at {before}"
+            )
         if key not in RESUME_MAY_CHANGE and before != value:
             raise UserError(
                 f"{flag(key)} cannot change when a run is resumed: it was {before!r}, got {value!r}; "

@@ -37,7 +37,7 @@ def flag(name: str) -> str:
 
 
 def value_type(cls: type, name: str) -> tuple[type, bool]:
-    """(int, float, str or bool, whether None is allowed) of a field."""
+    """(int, float or str, whether None is allowed) of a field."""
     hint = get_type_hints(cls)[name]
     members = [t for t in get_args(hint) if t is not type(None)]
     return (members[0], True) if members else (hint, False)
@@ -50,10 +50,7 @@ def convert(cls: type, name: str, value: Any, source: str) -> Any:
     if value is None and optional:
         return None
     wrong = UserError(f"{source}: expected {kind.__name__}, got {value!r}")
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise wrong
-    elif kind is str:
+    if kind is str:
         if not isinstance(value, str):
             raise wrong
     else:

@@ -44,7 +44,7 @@ def test_pass_at_k_counts_correct_answers_not_rewards(monkeypatch):
 
     # equal texts would be graded once; distinct texts make the sequence of verdicts exact
     numbers = iter(range(1000))
-    monkeypatch.setattr(policy.tokenizer, "decode", lambda ids: str(next(numbers)))
+    monkeypatch.setattr(policy.tokenizer, "decode_batch", lambda rows: [str(next(numbers)) for _ in rows])
     result = evaluate(policy, Fake(), problems, samples=4, ks=(1, 4), max_new_tokens=4, max_prompt_tokens=64)
     assert result.metrics["pass@1"] == pytest.approx((0.25 + 0.25 + 0) / 3)
     assert result.metrics["pass@4"] == pytest.approx(2 / 3)

@@ -27,15 +27,16 @@ def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer:
     """Grades every row; `problems` [P] in group order. Equal responses to one problem are graded once."""
     ids, offsets = rollout.ids.tolist(), rollout.offsets.tolist()
     prompt_len, groups = rollout.prompt_len.tolist(), rollout.group.tolist()
+    texts = tokenizer.decode_batch(
+        [ids[begin + n : end] for begin, end, n in zip(offsets, offsets[1:], prompt_len, strict=False)]
+    )
     seen: dict[tuple[int, str], Grade] = {}
-    grades, texts = [], []
-    for row, group in enumerate(groups):
-        text = tokenizer.decode(ids[offsets[row] + prompt_len[row] : offsets[row + 1]])
+    grades = []
+    for group, text in zip(groups, texts, strict=True):
         key = (group, text)
         if key not in seen:
             seen[key] = task.grade(problems[group], text)
         grades.append(seen[key])
-        texts.append(text)
     reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
     correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
     return Verdicts(reward, correct, grades, texts)
