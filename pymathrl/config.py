@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from pymathrl.algos import REGISTRY, Algo
 from pymathrl.errors import UserError, nearest
-from pymathrl.options import at_least, convert, flag, option, positive, value_type
+from pymathrl.options import CommandParser, at_least, convert, flag, option, positive, value_type
 from pymathrl.tasks import OPTION_HELP, TASKS, convert_option, task_options
 
 
@@ -101,15 +101,10 @@ HEADER = """Train a language model with reinforcement learning on verifiable rew
 With no flag but --algo: the built-in model on Countdown, minutes on two CPU cores."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
 def parse_train(argv: list[str] | None = None) -> Run:
     """The run that a command line asks for. UserError for anything unknown, misplaced or out of range."""
     argv = sys.argv[1:] if argv is None else argv
-    first = _Parser(add_help=False, allow_abbrev=False)
+    first = CommandParser(add_help=False, allow_abbrev=False)
     for word in ("--algo", "--config", "--resume", "--task", "--model"):
         first.add_argument(word)
     known, _ = first.parse_known_args(argv)
@@ -250,10 +245,10 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     )
     epilog = []
     for algo in algos if len(algos) > 1 else []:
-        own = _Parser(usage=argparse.SUPPRESS, add_help=False, formatter_class=_formatter)
+        own = CommandParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=_formatter)
         _add_options(own, f"--algo {algo.name}", algo.config)
         epilog.append(own.format_help().strip())
-    parser = _Parser(
+    parser = CommandParser(
         prog="python -m pymathrl.train",
         description=f"{HEADER}\n\nalgorithms:\n{listed}\n\ndefaults that differ for a built-in model:\n{presets}",
         epilog="\n\n".join(epilog),

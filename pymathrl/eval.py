@@ -24,6 +24,7 @@ from pymathrl.errors import UserError
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import Policy, load
+from pymathrl.options import CommandParser
 from pymathrl.prompt import encode
 from pymathrl.rollout import generate
 from pymathrl.tasks import TASKS, Grade, Problem, Task, load_task
@@ -118,13 +119,8 @@ def evaluate(
     )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise UserError(f"{message}; see --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m pymathrl.eval", description=__doc__, allow_abbrev=False,
+    parser = CommandParser(prog="python -m pymathrl.eval", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add(

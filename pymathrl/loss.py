@@ -193,7 +193,7 @@ def minibatch_loss(
     """
     mini = batch.select(rows)
     rollout = mini.rollout
-    mask = rollout.sampled_mask
+    mask, row = rollout.sampled_mask, rollout.row_of_token
     tokens = int(mask.sum())
     weight = aggregation_coef(
         spec.aggregation, mask, rollout.offsets, tokens=tokens, sequences=rollout.rows, max_length=max_new_tokens
@@ -204,12 +204,11 @@ def minibatch_loss(
         # Exactly equal rewards give advantages of exactly 0, and in this form their gradient is exactly 0 too. Their
         # tokens stay in the normalisers above.
         active = torch.zeros(rollout.rows, dtype=torch.bool, device=rollout.device)
-        active[rollout.row_of_token[mini.advantage != 0]] = True
+        active[row[mini.advantage != 0]] = True
         live = live[active]
     # A link leads to the next token where that is sampled in the same row: ROVER's Q' looks across it.
     link = torch.zeros_like(rollout.role, dtype=torch.uint8)
-    same_row = rollout.row_of_token[1:] == rollout.row_of_token[:-1]
-    link[:-1] = same_row & (rollout.role[1:] == ROLE_SAMPLED)
+    link[:-1] = (row[1:] == row[:-1]) & (rollout.role[1:] == ROLE_SAMPLED)
 
     report = LossReport(
         loss=torch.zeros((), device=rollout.device), stats=[],

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any, get_args, get_type_hints
+from typing import Any, NoReturn, get_args, get_type_hints
 
 from pymathrl.errors import UserError, nearest
+
+
+class CommandParser(argparse.ArgumentParser):
+    """A command line whose errors are one sentence (UserError), not a usage text and an exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
 
 
 def option(

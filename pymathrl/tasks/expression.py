@@ -185,20 +185,17 @@ def _tokenize(text: str) -> list[str]:
     return [*tokens, ""]
 
 
-def _sum(tokens: list[str], at: int, depth: int) -> tuple[Node, int]:
-    node, at = _product(tokens, at, depth)
-    while tokens[at] in ("+", "-"):
-        op = tokens[at]
-        right, at = _product(tokens, at + 1, depth)
-        node = Binary(op, node, right)
-    return node, at
+_LEVELS = (("+", "-"), ("*", "/"))  # loosest first
 
 
-def _product(tokens: list[str], at: int, depth: int) -> tuple[Node, int]:
-    node, at = _factor(tokens, at, depth)
-    while tokens[at] in ("*", "/"):
+def _sum(tokens: list[str], at: int, depth: int, level: int = 0) -> tuple[Node, int]:
+    """A run of operations of one level, joined from the left; its operands are of the next level, then factors."""
+    if level == len(_LEVELS):
+        return _factor(tokens, at, depth)
+    node, at = _sum(tokens, at, depth, level + 1)
+    while tokens[at] in _LEVELS[level]:
         op = tokens[at]
-        right, at = _factor(tokens, at + 1, depth)
+        right, at = _sum(tokens, at + 1, depth, level + 1)
         node = Binary(op, node, right)
     return node, at
 
