@@ -1,6 +1,11 @@
 // The only file that knows Python. Each op: check the arguments, fill its Params, release the GIL, run CPU or CUDA.
 #include <pybind11/pybind11.h>
 
+#include <functional>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
 #include "attention.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
@@ -30,7 +35,46 @@ Tensor make_tensor(uintptr_t data, int dtype, const py::tuple& sizes, const py::
   return t;
 }
 
-void* stream_handle(uintptr_t stream) { return reinterpret_cast<void*>(stream); }
+// The calls of a sequence of ops, recorded once and run many times: what a CUDA graph is on a GPU. A recorded call keeps
+// pointers: its tensors must stay where they are, and what it computes follows from what they then hold.
+class Program {
+ public:
+  void run() const {
+    py::gil_scoped_release release;
+    for (const auto& call : calls_) call();
+  }
+  size_t size() const { return calls_.size(); }
+  void add(std::function<void()> call) { calls_.push_back(std::move(call)); }
+
+ private:
+  std::vector<std::function<void()>> calls_;
+};
+
+thread_local Program* recorder = nullptr;  // where this thread's ops go instead of running
+
+#ifdef PYMATHRL_CUDA
+#define CUDA_TWIN(function) function
+#else
+#define CUDA_TWIN(function) nullptr
+#endif
+
+// The end of every binding: runs the op where its tensors are, without the GIL, or records it (CPU only).
+template <class Params, class CudaTwin>
+void launch(const Args& args, uintptr_t stream, const Params& p, void (*cpu)(const Params&), CudaTwin cuda) {
+  const bool on_gpu = args.use_cuda();
+  if (recorder) {
+    if (on_gpu) fail("a Program records ops on the CPU, got tensors on a GPU; use a CUDA graph there");
+    return recorder->add([cpu, p] { cpu(p); });
+  }
+  py::gil_scoped_release release;
+  if constexpr (std::is_null_pointer_v<CudaTwin>) {
+    cpu(p);  // use_cuda has refused tensors on a GPU
+  } else if (on_gpu) {
+    cuda(p, args.device(), reinterpret_cast<void*>(stream));
+  } else {
+    cpu(p);
+  }
+}
 
 void group_advantage(const Tensor& reward, const Tensor& offsets, const Tensor* baseline, const Tensor* tokens,
                      const Tensor& advantage, const Tensor& equal, int centre, int scale, float eps, int ddof,
@@ -52,13 +96,7 @@ void group_advantage(const Tensor& reward, const Tensor& offsets, const Tensor* 
   p.ddof = ddof;
   if (p.centre == Centre::baseline && !p.baseline) fail("group_advantage: centre 'baseline' needs baseline [B], got None");
   if (p.scale == Scale::token_whiten && !p.tokens) fail("group_advantage: scale 'token_whiten' needs tokens [B], got None");
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return group_advantage_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  group_advantage_cpu(p);
+  launch(args, stream, p, group_advantage_cpu, CUDA_TWIN(group_advantage_cuda));
 }
 
 PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_high, float delta, float dual_clip,
@@ -129,13 +167,7 @@ void policy_loss(const PolicyLossConfig& config, const Tensor& logp, const Tenso
   // Row 0 is the result, the rest the partial sums of the blocks.
   p.result = args.dense<float>("result", result, {1 + policy_loss_blocks(n, args.cuda()), kTerms});
   p.partial = p.result + kTerms;
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return policy_loss_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  policy_loss_cpu(p);
+  launch(args, stream, p, policy_loss_cpu, CUDA_TWIN(policy_loss_cuda));
 }
 
 DType logit_dtype(const char* op, const Tensor& logits) {
@@ -163,13 +195,7 @@ void token_logprob(const Tensor& logits, const Tensor& ids, const Tensor& logp, 
   p.proxy_logp = args.optional<float>("proxy_logp", proxy_logp, {p.rows});
   p.temperature = temperature;
   p.min_p = min_p;
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return token_logprob_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  token_logprob_cpu(p);
+  launch(args, stream, p, token_logprob_cpu, CUDA_TWIN(token_logprob_cuda));
 }
 
 void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tensor& lse, const Tensor* entropy,
@@ -196,13 +222,7 @@ void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tenso
   p.temperature = temperature;
   if (p.grad_entropy && !p.entropy)
     fail("token_logprob_backward: grad_entropy needs the forward's entropy [N], got None");
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return token_logprob_backward_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  token_logprob_backward_cpu(p);
+  launch(args, stream, p, token_logprob_backward_cpu, CUDA_TWIN(token_logprob_backward_cuda));
 }
 
 void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, const Tensor& ids, const Tensor& numbers,
@@ -228,13 +248,7 @@ void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, c
   p.top_k = top_k;
   p.top_p = top_p;
   p.min_p = min_p;
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return sample_token_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  sample_token_cpu(p);
+  launch(args, stream, p, sample_token_cpu, CUDA_TWIN(sample_token_cuda));
 }
 
 void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, uint64_t seed, uint32_t stream_id) {
@@ -287,13 +301,7 @@ void attention(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const 
                const Tensor& lse, int64_t heads, int64_t kv_heads, float scale, uintptr_t stream) {
   Args args("attention", qkv);
   AttentionParams p = attention_params(args, "attention", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return attention_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  attention_cpu(p);
+  launch(args, stream, p, attention_cpu, CUDA_TWIN(attention_cuda));
 }
 
 void attention_backward(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const Tensor& keys,
@@ -304,13 +312,7 @@ void attention_backward(const Tensor& qkv, const Tensor& angle, const Tensor* pa
       attention_params(args, "attention_backward", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
   p.dout = args.dense<float>("dout", dout, {p.rows, p.columns, heads * p.head_dim});
   p.dqkv = args.dense<float>("dqkv", dqkv, {p.rows, p.columns, (heads + 2 * kv_heads) * p.head_dim});
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return attention_backward_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  attention_backward_cpu(p);
+  launch(args, stream, p, attention_backward_cpu, CUDA_TWIN(attention_backward_cuda));
 }
 
 // cache: [2B,K,C,E], the keys of all rows, then the values.
@@ -334,13 +336,7 @@ void decode_attention(const Tensor& qkv, const Tensor& angle, const Tensor& cach
     fail("decode_attention: column must be in [0, ", p.capacity < angle.size[0] ? p.capacity : angle.size[0],
          ") (columns of the cache, positions of angle), got ", column, "; make the cache larger");
   check_pad("decode_attention", pad, p.pad, p.rows, column);
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return decode_attention_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  decode_attention_cpu(p);
+  launch(args, stream, p, decode_attention_cpu, CUDA_TWIN(decode_attention_cuda));
 }
 
 void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* sum, const Tensor& y,
@@ -357,13 +353,7 @@ void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, con
   p.y = args.dense<float>("y", y, {p.rows, p.width});
   p.rstd = args.optional<float>("rstd", rstd, {p.rows});
   p.eps = eps;
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return rms_norm_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  rms_norm_cpu(p);
+  launch(args, stream, p, rms_norm_cpu, CUDA_TWIN(rms_norm_cuda));
 }
 
 void rms_norm_backward(const Tensor& h, const Tensor& weight, const Tensor& rstd, const Tensor& dy,
@@ -379,13 +369,7 @@ void rms_norm_backward(const Tensor& h, const Tensor& weight, const Tensor& rstd
   p.dh_out = args.optional<float>("dh_out", dh_out, {p.rows, p.width});
   p.dh = args.dense<float>("dh", dh, {p.rows, p.width});
   p.dw = args.dense<float>("dw", dw, {1 + rms_norm_blocks(p.rows), p.width});
-  py::gil_scoped_release release;
-#ifdef PYMATHRL_CUDA
-  if (args.use_cuda()) return rms_norm_backward_cuda(p, args.device(), stream_handle(stream));
-#endif
-  args.use_cuda();
-  (void)stream;
-  rms_norm_backward_cpu(p);
+  launch(args, stream, p, rms_norm_backward_cpu, CUDA_TWIN(rms_norm_backward_cuda));
 }
 
 }  // namespace
@@ -402,6 +386,16 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Tensor>(m, "Tensor", "Pointer, dtype, sizes, strides (in elements) and device (-1 = CPU) of a tensor.")
       .def(py::init(&make_tensor), py::arg("data"), py::arg("dtype"), py::arg("sizes"), py::arg("strides"),
            py::arg("device"));
+
+  py::class_<Program>(m, "Program", "Ops recorded between begin() and end() of this thread, run again by run().")
+      .def(py::init<>())
+      .def("begin", [](Program& program) {
+        if (recorder) fail("Program.begin: this thread records already; call end() first");
+        recorder = &program;
+      })
+      .def("end", [](Program&) { recorder = nullptr; })
+      .def("run", &Program::run)
+      .def("__len__", &Program::size);
 
   m.def("group_advantage", &group_advantage, py::arg("reward"), py::arg("offsets"), py::arg("baseline"),
         py::arg("tokens"), py::arg("advantage"), py::arg("equal"), py::arg("centre"), py::arg("scale"), py::arg("eps"),

@@ -1,9 +1,10 @@
 #include "rms_norm.h"
 
 #include "common/parallel.h"
-#include "common/vector16.h"
+#include "common/simd.h"
 
 namespace pymathrl {
+inline namespace PYMATHRL_LEVEL {
 namespace {
 
 constexpr int64_t kGrainElements = 32768;  // about 10 us of work
@@ -14,7 +15,7 @@ template <class Part> HD void for_parts(int64_t width, Part part) {
   for (; j + kLanes <= width; j += kLanes) part(j, int64_t{kLanes});
   if (j < width) part(j, width - j);
 }
-HD f32x16 load_some(const float* p, int64_t count) { return count == kLanes ? load16(p) : load_part(p, count); }
+HD f32x16 load_some(const float* p, int64_t count) { return count == kLanes ? load16(p) : load_part(p, count, 0.0f); }
 HD void store_some(float* p, int64_t count, f32x16 x) {
   if (count == kLanes)
     store16(p, x);
@@ -22,9 +23,9 @@ HD void store_some(float* p, int64_t count, f32x16 x) {
     store_part(p, count, x);
 }
 
-SIMD_CLONES void forward_row(const RmsNormParams& p, int64_t row) {
+void forward_row(const RmsNormParams& p, int64_t row) {
   const float* h = p.x + row * p.width;
-  f32x16 squares = {};
+  f32x16 squares = splat(0.0f);
   if (p.residual) {
     const float *x = h, *r = p.residual + row * p.width;
     float* sum = p.sum + row * p.width;
@@ -48,11 +49,11 @@ SIMD_CLONES void forward_row(const RmsNormParams& p, int64_t row) {
   });
 }
 
-SIMD_CLONES void backward_row(const RmsNormGradParams& p, int64_t row, float* dw) {
+void backward_row(const RmsNormGradParams& p, int64_t row, float* dw) {
   const float *h = p.h + row * p.width, *dy = p.dy + row * p.width;
   const float* more = p.dh_out ? p.dh_out + row * p.width : nullptr;
   const float rstd = p.rstd[row];
-  f32x16 products = {};
+  f32x16 products = splat(0.0f);
   for_parts(p.width, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
     f32x16 d = load_some(dy + j, count), value = load_some(h + j, count);
     products += d * load_some(p.weight + j, count) * value;
@@ -92,4 +93,5 @@ void rms_norm_backward_cpu(const RmsNormGradParams& p) {
   }
 }
 
+}  // namespace PYMATHRL_LEVEL
 }  // namespace pymathrl

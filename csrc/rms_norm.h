@@ -44,7 +44,7 @@ HD float rms_norm_rstd(float sum_of_squares, int64_t width, float eps) {
 
 // dh of an element; mean = mean over the row of w dy h. F: float or f32x16.
 template <class F> HD F rms_norm_grad(F h, F weighted_dy, float rstd, float mean) {
-  return rstd * (weighted_dy - h * (rstd * rstd * mean));
+  return (weighted_dy - h * (rstd * rstd * mean)) * rstd;
 }
 
 }  // namespace pymathrl

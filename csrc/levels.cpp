@@ -2,11 +2,13 @@
 #include <cstring>
 
 #include "common/tensor.h"
+#include "rms_norm.h"
 #include "row_kernels.h"
 
+// The files of PYMATHRL_LEVEL_OPS (CMakeLists.txt) are compiled once per processor level, each into the namespace of its
+// level; here the level is chosen, once, when the first kernel runs.
 namespace pymathrl {
 
-// One per compilation of row_kernels.cpp.
 namespace base {
 extern const RowKernels kernels;
 }
@@ -48,6 +50,25 @@ const Level& level() {
 }
 
 }  // namespace
+
+// op(p) runs the op of the chosen level.
+#ifdef PYMATHRL_X86_LEVELS
+#define BY_LEVEL(op, Params)                                                                          \
+  namespace base { void op(const Params& p); }                                                        \
+  namespace v3 { void op(const Params& p); }                                                          \
+  namespace v4 { void op(const Params& p); }                                                          \
+  void op(const Params& p) {                                                                          \
+    static const auto run = level().name[0] == 'b' ? base::op : level().name[1] == '3' ? v3::op : v4::op; \
+    run(p);                                                                                           \
+  }
+#else
+#define BY_LEVEL(op, Params)                     \
+  namespace base { void op(const Params& p); }   \
+  void op(const Params& p) { base::op(p); }
+#endif
+
+BY_LEVEL(rms_norm_cpu, RmsNormParams)
+BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
 
 const RowKernels& row_kernels() { return *level().kernels; }
 const char* simd_level() { return level().name; }
