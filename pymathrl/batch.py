@@ -21,7 +21,10 @@ ROLE_NAMES = ("prompt", "sampled", "forced")
 
 STOP_EOS = 0  # the policy drew an end token; that token is part of the sequence and is trained
 STOP_LENGTH = 1  # cut off at the length limit; the sequence has no end token
-STOP_NAMES = ("eos", "length")
+STOP_STRING = 2  # its text holds a stop string, which its last token completed
+STOP_DEADLINE = 3  # cut off by the clock
+STOP_NONE = 4  # it has not stopped: it can go on
+STOP_NAMES = ("eos", "length", "string", "deadline", "none")
 
 
 def _check(owner: str, name: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -57,7 +60,11 @@ class Rollout:
     prompt_len  int64 [B]    tokens, 1 <= prompt_len[b] <= length of row b
     group       int64 [B]    group number; rows of one group are contiguous
     uid         int64 [B]    identity of the sample (the counter of its random draws): not a batch slot
-    stop        int8  [B]    STOP_EOS or STOP_LENGTH
+    stop        int8  [B]    why the row ended: an index into STOP_NAMES
+
+    Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: the tokens that they left. logp and
+    entropy are of the distribution over these, mean_logp is their mean.
+    support_offsets  int64 [T+1]; support_ids  int32 [M]: of token t support_ids[support_offsets[t] : support_offsets[t+1]]
     """
 
     ids: Tensor
@@ -70,6 +77,8 @@ class Rollout:
     group: Tensor
     uid: Tensor
     stop: Tensor
+    support_ids: Tensor | None = None
+    support_offsets: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -121,14 +130,29 @@ class Rollout:
         """The rollout of these rows, in the order given. Keeping a group's rows together is the caller's affair."""
         rows = _row_index(rows, self.device)
         index, offsets = _gather_index(self.offsets, rows)
+        support_ids = support_offsets = None
+        if self.support_ids is not None and self.support_offsets is not None:
+            picked, support_offsets = _gather_index(self.support_offsets, index)
+            support_ids = self.support_ids[picked]
         return Rollout(
             **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS},
             offsets=offsets,
             **{name: getattr(self, name)[rows] for name in _ROW_FIELDS},
+            support_ids=support_ids,
+            support_offsets=support_offsets,
         )
 
+    def support_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(row, id) of every pair "id is in the support of tokens[row]", int64; None where nothing was filtered."""
+        if self.support_ids is None or self.support_offsets is None:
+            return None
+        picked, offsets = _gather_index(self.support_offsets, tokens)
+        row = torch.repeat_interleave(torch.arange(tokens.numel(), device=self.device), offsets.diff())
+        return row, self.support_ids[picked].long()
+
     def to(self, device: torch.device | str) -> Rollout:
-        return Rollout(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: None if value is None else value.to(device) for name, value in values.items()})
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
@@ -142,8 +166,11 @@ class Rollout:
         for name, dtype in _ROW_FIELDS.items():
             _check("Rollout", name, getattr(self, name), (rows,), dtype)
         for f in fields(self):
-            device = getattr(self, f.name).device
-            _require(device == self.device, "Rollout", f.name, f"a tensor on {self.device} like ids", device)
+            value = getattr(self, f.name)
+            if value is not None:
+                _require(
+                    value.device == self.device, "Rollout", f.name, f"a tensor on {self.device} like ids", value.device
+                )
         offsets, lengths = self.offsets, self.lengths
         _require(int(offsets[0]) == 0, "Rollout", "offsets", "offsets[0] = 0", int(offsets[0]))
         _require(int(offsets[-1]) == tokens, "Rollout", "offsets", f"offsets[B] = T = {tokens}", int(offsets[-1]))
@@ -164,6 +191,11 @@ class Rollout:
             value = getattr(self, name)
             ok = torch.isfinite(value) & (self.sampled_mask | (value == 0))
             _require_all(ok, value, "Rollout", name, "finite values, 0 where not sampled")
+        if self.support_ids is not None and self.support_offsets is not None:
+            _check("Rollout", "support_offsets", self.support_offsets, (tokens + 1,), torch.int64)
+            _check("Rollout", "support_ids", self.support_ids, (int(self.support_offsets[-1]),), torch.int32)
+            size = self.support_offsets.diff()
+            _require_all((size > 0) == self.sampled_mask, size, "Rollout", "support_offsets", "a support where sampled")
         runs = 1 + int((self.group.diff() != 0).sum())
         distinct = self.group.unique().numel()
         _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
@@ -182,7 +214,16 @@ class Rollout:
             tokens += part.tokens
         joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*_TOKEN_FIELDS, *_ROW_FIELDS)}
         joined["group"] = torch.cat(groups)
-        return Rollout(offsets=torch.cat(offsets), **joined)
+        supports = [(p.support_ids, p.support_offsets) for p in parts if p.support_ids is not None]
+        support_ids = support_offsets = None
+        if supports:
+            _require(len(supports) == len(parts), "Rollout", "concat(parts)", "supports in all parts or in none", "both")
+            support_ids = torch.cat([ids for ids, _ in supports if ids is not None])
+            sizes = torch.cat([o.diff() for _, o in supports if o is not None])
+            support_offsets = torch.cat([offsets[0], sizes.cumsum(0)])
+        return Rollout(
+            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets
+        )
 
 
 _TOKEN_FIELDS = {
@@ -260,19 +301,20 @@ class Batch:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """b rows, right-padded, as one forward pass of the update takes them; N = their sampled tokens.
+    """b rows as one forward pass of the update takes them, one after the other without padding; N = sampled tokens.
 
-    rows          int64 [b]    row numbers in the rollout, rising
-    ids           int64 [b,S]  right-padded with 0 (under a causal mask no real token sees the padding). The last token
-                               of a row scores nothing, so S is the longest row less one
-    hidden_index  int64 [N]    index into hidden.view(b*S, D): the position before each sampled token, which scores it
-    token_index   int64 [N]    index of each sampled token in the rollout's packed arrays, rising
+    rows          int64 [b]    row numbers in the rollout
+    ids           int64 [F]    the fed tokens: of each row all but the last, which scores nothing
+    starts        int64 [b+1]  row i feeds ids[starts[i] : starts[i+1]]
+    hidden_index  int64 [N]    index into the F hidden states: the position before each sampled token, which scores it
+    token_index   int64 [N]    index of each sampled token in the rollout's packed arrays
     targets       int64 [N]    the sampled tokens: rollout.ids[token_index]
     offsets       int64 [b+1]  row i of the micro-batch owns the sampled tokens offsets[i] .. offsets[i+1]
     """
 
     rows: Tensor
     ids: Tensor
+    starts: Tensor
     hidden_index: Tensor
     token_index: Tensor
     targets: Tensor
@@ -280,10 +322,9 @@ class MicroBatch:
 
 
 def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: int) -> Iterator[MicroBatch]:
-    """Splits rows of a rollout into right-padded micro-batches of at most `token_budget` padded tokens, or one row.
+    """Splits rows of a rollout, in their order, into micro-batches of at most `token_budget` fed tokens, or one row.
 
-    Rows of like length go together, longest first, so that padding is small and the first micro-batch needs the most
-    memory. Deterministic in its arguments. Rows without a sampled token are left out.
+    Deterministic in its arguments. Rows without a sampled token are left out.
     """
     if token_budget < 1:
         raise ValueError(f"micro_batches: token_budget must be >= 1 token, got {token_budget}")
@@ -292,38 +333,45 @@ def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: 
     per_row = torch.zeros(rollout.rows, dtype=torch.int64, device=device)
     per_row.index_add_(0, rollout.row_of_token, rollout.sampled_mask.long())
     rows = rows[per_row[rows] > 0]
-    if not rows.numel():
-        return
-    lengths = rollout.lengths[rows] - 1  # fed tokens: all but the last
-    order = torch.sort(lengths, descending=True, stable=True).indices
-    start, widths = 0, lengths[order].tolist()
-    while start < len(widths):
-        width = max(1, widths[start])
-        end = start + max(1, min(len(widths) - start, token_budget // width))
-        yield _micro_batch(rollout, torch.sort(rows[order[start:end]]).values, width)
-        start = end
+    begin = fed = 0
+    for end, length in enumerate((rollout.lengths[rows] - 1).tolist()):
+        if end > begin and fed + length > token_budget:
+            yield _micro_batch(rollout, rows[begin:end])
+            begin, fed = end, 0
+        fed += length
+    if rows.numel():
+        yield _micro_batch(rollout, rows[begin:])
 
 
-def _micro_batch(rollout: Rollout, rows: Tensor, width: int) -> MicroBatch:
-    column = torch.arange(width + 1, device=rollout.device)
-    position = rollout.offsets[rows, None] + column  # [b, S+1] packed index of each cell
-    real = column < rollout.lengths[rows, None]
-    position = torch.where(real, position, 0)
-    cells = torch.where(real, rollout.ids[position], 0)
-    scored = real & (rollout.role[position] == ROLE_SAMPLED)
-    scored[:, 0] = False  # nothing comes before the first token; prompt_len >= 1 keeps it a prompt token
-    row, at = scored.nonzero(as_tuple=True)
-    token_index = position[row, at]
-    offsets = torch.zeros(rows.numel() + 1, dtype=torch.int64, device=rollout.device)
-    offsets[1:] = scored.sum(1).cumsum(0)
+def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
+    index, ends = _gather_index(rollout.offsets, rows)  # packed index of every token of these rows
+    row = torch.repeat_interleave(torch.arange(rows.numel(), device=rollout.device), ends.diff())
+    fed = torch.ones_like(index, dtype=torch.bool)
+    fed[ends[1:] - 1] = False
+    at = (rollout.role[index] == ROLE_SAMPLED).nonzero()[:, 0]  # never a row's first token: that is a prompt token
+    offsets = torch.zeros_like(ends)
+    offsets[1:] = torch.bincount(row[at], minlength=rows.numel()).cumsum(0)
+    token_index = index[at]
     return MicroBatch(
         rows=rows,
-        ids=cells[:, :width].contiguous(),
-        hidden_index=row * width + at - 1,
+        ids=rollout.ids[index[fed]],
+        starts=ends - torch.arange(ends.numel(), device=rollout.device),
+        hidden_index=at - 1 - row[at],
         token_index=token_index,
         targets=rollout.ids[token_index],
         offsets=offsets,
     )
+
+
+def keep_support(logits: Tensor, support: tuple[Tensor, Tensor], begin: int = 0) -> None:
+    """Sets logits [n,V], those of tokens begin .. begin+n-1, to -inf outside their support (see `support_of`)."""
+    row, ids = support
+    bounds = torch.tensor([begin, begin + logits.shape[0]], device=row.device)
+    part = slice(*torch.searchsorted(row, bounds).tolist())
+    at = row[part] - begin, ids[part]
+    kept = logits[at]
+    logits.fill_(-torch.inf)
+    logits[at] = kept
 
 
 def _row_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pymathrl import devices
-from pymathrl.batch import STOP_LENGTH, STOP_NAMES, Rollout
+from pymathrl.batch import STOP_LENGTH, STOP_NAMES
 from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
 from pymathrl.log import show_time, to_json
@@ -26,7 +26,7 @@ from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import Policy, load
 from pymathrl.options import CommandParser
 from pymathrl.prompt import encode
-from pymathrl.rollout import generate
+from pymathrl.rollout import Engine
 from pymathrl.tasks import TASKS, Grade, Problem, Task, load_task
 from pymathrl.verify import verify
 
@@ -58,7 +58,7 @@ class Evaluation:
 
 
 def evaluate(
-    policy: Policy,
+    engine: Engine,
     task: Task,
     problems: Sequence[Problem],
     *,
@@ -71,13 +71,13 @@ def evaluate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    rows: int = 512,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
     """Samples `samples` responses per problem and grades them. pass@k counts exact correctness, never the reward.
 
-    `rows` responses are decoded side by side; on_progress(done, total) is called after each part, in problems.
+    on_progress(done, total) is called after each part, in problems.
     """
+    policy = engine.policy
     start = time.perf_counter()
     encoded = [(p, encode(policy, task, p)) for p in problems]
     kept = [(p, ids) for p, ids in encoded if len(ids) <= max_prompt_tokens]
@@ -86,16 +86,15 @@ def evaluate(
             f"no problem to evaluate: all {len(problems)} prompts of the task {task.name} "
             f"exceed {max_prompt_tokens} tokens"
         )
-    per_part = max(1, rows // samples)
+    per_part = max(1, engine.max_batch // samples)
     grades, texts, stops, lengths = [], [], [], []
     tokens = 0
     for begin in range(0, len(kept), per_part):
         part = kept[begin : begin + per_part]
         chosen = [p for p, _ in part]
-        rollout: Rollout = generate(
-            policy, [ids for _, ids in part], samples, max_new_tokens, seed=seed ^ EVAL_STREAM,
+        rollout = engine.generate(
+            [ids for _, ids in part], samples, max_new_tokens, seed=seed ^ EVAL_STREAM,
             uids=sample_uids(chosen, samples), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-            max_batch=rows,
         )  # fmt: skip
         verdicts = verify(rollout, chosen, task, policy.tokenizer)
         stop, length = rollout.stop.tolist(), rollout.response_lengths.tolist()
@@ -202,9 +201,9 @@ def _run(argv: Sequence[str] | None) -> None:
             print(f"\r{done}/{total} problems", end="" if done < total else "\n", file=sys.stderr, flush=True)
 
     result = evaluate(
-        policy, task, problems, samples=args.n, ks=ks, max_new_tokens=limit, max_prompt_tokens=args.max_prompt_tokens,
-        seed=args.seed, temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p,
-        rows=args.rows, on_progress=progress,
+        Engine(policy, max_batch=args.rows), task, problems, samples=args.n, ks=ks, max_new_tokens=limit,
+        max_prompt_tokens=args.max_prompt_tokens, seed=args.seed, temperature=args.temperature, top_k=args.top_k,
+        top_p=args.top_p, min_p=args.min_p, on_progress=progress,
     )  # fmt: skip
     _print(args, ks, result)
     if args.json:

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos import LossSpec
-from pymathrl.batch import ROLE_SAMPLED, Batch, micro_batches
+from pymathrl.batch import ROLE_SAMPLED, Batch, keep_support, micro_batches
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
+from pymathrl.ops.linear import linear_out
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
-ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMM
+ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMMs
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class TokenTerms:
     old_mean_logp              fp32 [N]   form "rover": the sampler's mean log-prob
     link                       uint8 [N]  form "rover": 1 where row n+1 is the next token of the same sequence
     offsets                    int64 [S+1] form "sequence": rows of each sequence
+    support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
+                               that each token was drawn from; the distribution is renormalised over them
     """
 
     old_logp: Tensor
@@ -41,6 +44,7 @@ class TokenTerms:
     old_mean_logp: Tensor | None = None
     link: Tensor | None = None
     offsets: Tensor | None = None
+    support: tuple[Tensor, Tensor] | None = None
 
     def rows(self, begin: int, end: int) -> TokenTerms:
         """Rows begin..end; old_mean_logp reaches one row further, where there is one."""
@@ -107,7 +111,9 @@ class _FusedHead(torch.autograd.Function):
         starts = list(range(0, n, chunk_rows))[::-1]
 
         def scores(begin: int, end: int) -> tuple[Tensor, Tensor]:
-            logits = _gemm(hidden[begin:end], weight, workspace[: end - begin])
+            logits = linear_out(hidden[begin:end], weight, workspace[: end - begin])
+            if terms.support is not None:
+                keep_support(logits, terms.support, begin)
             row = token_logprob(logits, targets[begin:end], temperature=temperature)
             logp[begin:end], entropy[begin:end], mean_logp[begin:end] = row.logp, row.entropy, row.mean_logp
             return logits, row.lse
@@ -155,15 +161,6 @@ class _FusedHead(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_loss.to(grad_hidden.dtype)  # in place: both buffers are this node's own
         return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None, None
-
-
-def _gemm(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """hidden [n,D] x weight [V,D] -> fp32 logits [n,V] in `out`, accumulated in fp32."""
-    if hidden.dtype == torch.float32:
-        return torch.mm(hidden, weight.t(), out=out)
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.t(), out_dtype=torch.float32, out=out)
-    return torch.mm(hidden.float(), weight.float().t(), out=out)
 
 
 @dataclass
@@ -216,10 +213,10 @@ def minibatch_loss(
     )  # fmt: skip
     for micro in micro_batches(rollout, live, token_budget):
         at = micro.token_index
-        hidden = model.hidden(micro.ids).flatten(0, 1)[micro.hidden_index]
+        hidden = model.hidden(micro.ids, micro.starts)[micro.hidden_index]
         terms = TokenTerms(
             old_logp=rollout.logp[at], advantage=mini.advantage[at], coef=mini.weight[at] * mini.coef[at],
-            old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets,
+            old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets, support=rollout.support_of(at),
         )  # fmt: skip
         out = fused_policy_loss(hidden, model.head_weight, micro.targets, terms, spec, temperature=temperature)
         out.loss.backward()

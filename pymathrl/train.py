@@ -20,7 +20,7 @@ import torch
 
 from pymathrl import devices
 from pymathrl.advantage import advantage
-from pymathrl.batch import Batch, Rollout
+from pymathrl.batch import STOP_LENGTH, Batch, Rollout
 from pymathrl.checkpoint import (
     clean_checkpoints,
     explain_os_errors,
@@ -42,7 +42,7 @@ from pymathrl.ops.policy_loss import STATS, merge_stats
 from pymathrl.optim import Optimizer, StepReport
 from pymathrl.prompt import Prompts, draw
 from pymathrl.report import plot_run
-from pymathrl.rollout import generate
+from pymathrl.rollout import Engine
 from pymathrl.tasks import Task, load_task
 from pymathrl.verify import Verdicts, verify
 
@@ -160,6 +160,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.timer = StageTimer(on_enter=self.log.stage)
+        self.engine = Engine(self.policy, self.run.train.seed, max_batch=self.run.train.rollout_rows)
         self.spec = self.run.algo.loss(self.run.own)
         self.started = time.perf_counter() - self.state.wall_s
         self.saved_step = self.state.step if self.run.resume is not None else -1
@@ -191,9 +192,10 @@ class Session:
             prompts = draw(policy, self.task, cursor=state.cursor, count=config.prompts_per_step, seed=config.seed,
                            max_tokens=config.max_prompt_tokens)  # fmt: skip
         with timer("rollout"):
-            rollout = generate(policy, prompts.ids, config.samples_per_prompt, config.max_new_tokens, seed=config.seed,
-                               uids=sample_uids(prompts.problems, config.samples_per_prompt),
-                               temperature=config.temperature, max_batch=config.rollout_rows)  # fmt: skip
+            rollout = self.engine.generate(
+                prompts.ids, config.samples_per_prompt, config.max_new_tokens, temperature=config.temperature,
+                uids=sample_uids(prompts.problems, config.samples_per_prompt),
+            )  # fmt: skip
         with timer("verify"):
             verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
         metrics = rollout_metrics(rollout, verdicts, config.samples_per_prompt)
@@ -260,9 +262,9 @@ class Session:
         config = self.run.train
         with self.timer("eval"):
             result = evaluate(
-                self.policy, self.task, self.task.test(problems), samples=samples,
+                self.engine, self.task, self.task.test(problems), samples=samples,
                 ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=config.max_new_tokens,
-                max_prompt_tokens=config.max_prompt_tokens, temperature=config.temperature, rows=config.rollout_rows,
+                max_prompt_tokens=config.max_prompt_tokens, temperature=config.temperature,
             )  # fmt: skip
         if result.too_long:
             self.log.note(
@@ -357,7 +359,7 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> li
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
-        f"device    {device}: {where}; {policy.model.attention_path()[1]}; {WHY}",
+        f"device    {device}: {where}; {WHY}",
         f"memory    about {_gib(total)} at most of {_gib(free)} free: gradients and AdamW {_gib(update)}, "
         f"then KV cache and logits {_gib(cache)} or activations {_gib(activations)}; "
         f"weights {_gib(count * size)} are loaded",
@@ -388,7 +390,7 @@ def rollout_metrics(rollout: Rollout, verdicts: Verdicts, group: int) -> dict[st
         "entropy": float(rollout.entropy[sampled].mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
-        **completion_stats(lengths.tolist(), (rollout.stop != 0).tolist()),
+        **completion_stats(lengths.tolist(), (rollout.stop == STOP_LENGTH).tolist()),
     }
 
 

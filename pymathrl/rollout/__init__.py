@@ -1,5 +1,6 @@
 """Stage `rollout`: the policy answers the prompts."""
 
-from pymathrl.rollout.generate import generate, score
+from pymathrl.rollout.engine import Engine, Snapshot, Step, StepStats
+from pymathrl.rollout.score import score
 
-__all__ = ["generate", "score"]
+__all__ = ["Engine", "Snapshot", "Step", "StepStats", "score"]

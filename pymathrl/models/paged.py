@@ -1,0 +1,247 @@
+"""The decoder's forward pass for generation: new tokens in, over keys and values that lie in pages.
+
+One pass serves decode, prefill and forced tokens, and runs the same kernels as the update (`Decoder.hidden`), so that a
+token's hidden state has the same bits in both (contract C1). It works on static buffers: what it launches is recorded
+once per number of rows and replayed, as a `Program` on a CPU and as a CUDA graph on a GPU. The weights are read where
+they lie, so a recording survives the optimizer's steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pymathrl.models.decoder import Decoder
+from pymathrl.ops._call import _C, use_reference
+from pymathrl.ops.attention import PAGE, paged_attention
+from pymathrl.ops.linear import linear_out
+from pymathrl.ops.rms_norm import rms_norm_out
+from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.swiglu import swiglu_out
+
+HEAD_BYTES = 64 << 20  # of the logits held at once: head and draw run over chunks of rows
+WARM_UP = 2  # runs before a CUDA graph is captured: libraries make their workspaces in the first
+Until = Literal["cache", "hidden", "token"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn. temperature divides the logits, 0 is greedy; top_k 0, top_p 1, min_p 0 cut nothing."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def truncates(self) -> bool:
+        return self.temperature > 0 and (self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0)
+
+
+class PagedCache:
+    """Keys and values of all layers in pages of PAGE tokens.
+
+    keys    [L, pages, K, E, PAGE]  transposed, as the decode kernel reads them
+    values  [L, pages, K, PAGE, E]
+    table   int32 [slots, C]        the page of tokens PAGE*c .. PAGE*c + PAGE-1 of the sequence in a slot
+    """
+
+    def __init__(self, model: Decoder, pages: int, slots: int, columns: int) -> None:
+        c, like = model.config, model.embed
+        shape = (c.num_layers, pages, c.num_kv_heads)
+        self.keys = like.new_empty((*shape, c.head_dim, PAGE), requires_grad=False)
+        self.values = like.new_empty((*shape, PAGE, c.head_dim), requires_grad=False)
+        self.table = torch.zeros(slots, columns, dtype=torch.int32, device=like.device)
+
+    @staticmethod
+    def page_bytes(model: Decoder) -> int:
+        c = model.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * PAGE * model.embed.element_size()
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        """Pages `source` -> `target` (int64), in every layer: a shared page before its first write."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+    def grow(self, pages: int, slots: int, columns: int) -> None:
+        """Room for so many pages, slots and columns; what is there stays."""
+        for name, sizes in (("keys", (pages,)), ("values", (pages,)), ("table", (slots, columns))):
+            old = getattr(self, name)
+            lead = 0 if name == "table" else 1  # the layers come before the pages
+            shape = list(old.shape)
+            shape[lead : lead + len(sizes)] = sizes
+            if shape != list(old.shape):
+                new = old.new_zeros(shape) if name == "table" else old.new_empty(shape)
+                new[tuple(slice(size) for size in old.shape)] = old
+                setattr(self, name, new)
+
+
+class Buffers:
+    """What a pass of up to `rows` rows works on; a pass of fewer rows uses the first of each.
+
+    ids       int64 [rows]  the token that is fed; after a pass until "token" the one that was drawn
+    slot      int64 [rows]  the sequence; -1 = none, the row's results mean nothing
+    position  int64 [rows]  of the fed token in its sequence
+    uid       int64 [rows]  the sample of the row, and
+    draw      int64 [rows]  the number of the draw in it: what its random number is made from, see `sample_token`
+    hidden    [rows, D]     after the last norm
+    logits    fp32 [c, V]   of a chunk of c rows at a time
+    numbers   fp32 [4*rows] logp, entropy, mean_logp, kept mass of a chunk of rows (each [c]), then of the next chunk
+    """
+
+    def __init__(self, model: Decoder, rows: int) -> None:
+        c, like = model.config, model.embed
+
+        def floats(width: int) -> Tensor:
+            return like.new_zeros((rows, width), requires_grad=False)
+
+        self.rows = rows
+        self.inputs = torch.zeros(5, rows, dtype=torch.int64, device=like.device)
+        self.ids, self.slot, self.uid, self.position, self.draw = self.inputs.unbind()
+        self.slot.fill_(-1)
+        self.drawn = torch.zeros_like(self.ids)
+        self.stream, self.branch, self.hidden = floats(c.hidden_size), floats(c.hidden_size), floats(c.hidden_size)
+        self.qkv = floats((c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
+        self.attended = floats(c.num_heads * c.head_dim)
+        self.gate_up, self.act = floats(2 * c.intermediate_size), floats(c.intermediate_size)
+        self.head_rows = max(1, min(rows, HEAD_BYTES // (4 * c.vocab_size)))
+        self.logits = torch.empty(self.head_rows, c.vocab_size, dtype=torch.float32, device=like.device)
+        self.numbers = torch.zeros(4 * rows, dtype=torch.float32, device=like.device)
+
+    @staticmethod
+    def nbytes(model: Decoder, rows: int) -> int:
+        c = model.config
+        floats = 3 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.intermediate_size
+        return rows * (floats * model.embed.element_size() + 64) + min(4 * rows * c.vocab_size, HEAD_BYTES)
+
+    def split_numbers(self, rows: int, numbers: Tensor) -> Tensor:
+        """numbers [k, 4*rows] of k passes over `rows` rows, as they lie in the buffer -> [4,k,rows]."""
+        chunks = [slice(a, min(rows, a + self.head_rows)) for a in range(0, rows, self.head_rows)]
+        parts = [numbers[:, 4 * s.start : 4 * s.stop].unflatten(1, (4, -1)) for s in chunks]
+        return torch.cat(parts, 2).transpose(0, 1)
+
+
+class Pass:
+    """The forward pass of the first `rows` rows of `buffers`, as one replayable launch. Make it before the buffers are
+    filled: a capture runs it on rows without a sequence.
+
+    until "cache": keys and values are written, no more (prefill). "hidden": buffers.hidden is made as well. "token": a
+    token is drawn for each row into buffers.ids, buffers.numbers and `support` beside it, and position and draw move on.
+
+    support  uint8 [rows, ceil(V/8)]: the tokens that the filters left, as in `sample_token`; None without filters
+    replay   False: run once, not worth a recording
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: PagedCache,
+        buffers: Buffers,
+        rows: int,
+        until: Until,
+        sampling: Sampling | None = None,
+        seed: int = 0,
+        replay: bool = True,
+    ) -> None:
+        self.model, self.cache, self.buffers, self.rows, self.until = model, cache, buffers, rows, until
+        self.sampling, self.seed = sampling or Sampling(), seed
+        self.rope = model.rope(min(model.config.max_positions, cache.table.shape[1] * PAGE))
+        self.support = None
+        if until == "token" and self.sampling.truncates:
+            width = (model.config.vocab_size + 7) // 8
+            self.support = torch.empty(rows, width, dtype=torch.uint8, device=model.device)
+        with torch.no_grad():
+            if not replay:
+                self._run: Callable[[], None] = self._once
+            else:
+                self._run = self._capture() if model.device.type == "cuda" else self._record()
+
+    @torch.no_grad()
+    def run(self) -> None:
+        self._run()
+
+    def _once(self) -> None:
+        self._embed()
+        self._kernels()
+        self._advance()
+
+    def _record(self) -> Callable[[], None]:
+        if use_reference():
+            return self._once
+        program = _C.Program()
+        program.begin()
+        try:
+            self._kernels()
+        finally:
+            program.end()
+
+        def run() -> None:
+            self._embed()
+            program.run()
+            self._advance()
+
+        return run
+
+    def _capture(self) -> Callable[[], None]:
+        self.buffers.slot.fill_(-1)
+        here, side = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self._once()
+        here.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._once()
+        return graph.replay
+
+    def _embed(self) -> None:
+        b = self.buffers
+        torch.index_select(self.model.embed.detach(), 0, b.ids[: self.rows], out=b.stream[: self.rows])
+
+    def _kernels(self) -> None:
+        """Ops of this package alone, on the buffers: what a Program can record."""
+        c, b, r = self.model.config, self.buffers, self.rows
+        x, branch, h = b.stream[:r], b.branch[:r], b.hidden[:r]
+        for i, layer in enumerate(self.model.blocks):
+            if i == 0:
+                rms_norm_out(x, layer.attn_norm, h, c.rms_norm_eps)
+            else:
+                rms_norm_out(branch, layer.attn_norm, h, c.rms_norm_eps, residual=x, sum=x)
+            linear_out(h, layer.qkv, b.qkv[:r], layer.qkv_bias)
+            paged_attention(
+                b.qkv[:r], b.position[:r], b.slot[:r], self.cache.table, self.rope, self.cache.keys[i],
+                self.cache.values[i], b.attended[:r], heads=c.num_heads, kv_heads=c.num_kv_heads,
+                scale=c.head_dim**-0.5, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=c.rms_norm_eps,
+            )  # fmt: skip
+            if self.until == "cache" and i + 1 == c.num_layers:
+                return
+            linear_out(b.attended[:r], layer.out, branch)
+            rms_norm_out(branch, layer.mlp_norm, h, c.rms_norm_eps, residual=x, sum=x)
+            linear_out(h, layer.gate_up, b.gate_up[:r])
+            swiglu_out(b.gate_up[:r], b.act[:r])
+            linear_out(b.act[:r], layer.down, branch)
+        rms_norm_out(branch, self.model.norm, h, c.rms_norm_eps, residual=x, sum=x)
+        if self.until == "token":
+            for start in range(0, r, b.head_rows):
+                self._draw(slice(start, min(r, start + b.head_rows)))
+
+    def _draw(self, rows: slice) -> None:
+        b, s, count = self.buffers, self.sampling, rows.stop - rows.start
+        linear_out(b.hidden[rows], self.model.head_weight, b.logits[:count])
+        sample_token(
+            b.logits[:count], self.seed, b.uid[rows], b.draw[rows], temperature=s.temperature, top_k=s.top_k,
+            top_p=s.top_p, min_p=s.min_p, out=(b.drawn[rows], b.numbers[4 * rows.start : 4 * rows.stop].view(4, count)),
+            support=None if self.support is None else self.support[rows],
+        )  # fmt: skip
+
+    def _advance(self) -> None:
+        if self.until == "token":
+            b = self.buffers
+            # -1 marks a row of nan logits, which its numbers report; the embedding must not see it
+            torch.clamp(b.drawn[: self.rows], min=0, out=b.ids[: self.rows])
+            b.inputs[3:, : self.rows] += 1

@@ -1,0 +1,781 @@
+"""The rollout engine: sequences that are cheap to fork, over one paged cache (contracts C3, C5 to C10).
+
+A sequence is a list of tokens with a role each, of which the first len-1 have keys and values in the cache, or will get
+them before the next draw. A draw feeds the last token and appends what is drawn; so starting, forking, forcing tokens
+in, rolling back and being preempted are all the same thing: tokens whose keys and values are there, shared, or still to
+be made. Random numbers are a function of (seed, uid, number of the draw) and no kernel lets one row see another: what a
+sequence says does not depend on what runs beside it, on the batch limit, or on whether it was preempted.
+
+    engine = Engine(policy, seed=0)
+    rollout = engine.generate(prompts, 8, 256)                 # P*8 sequences, packed for training
+
+    a, = engine.start([prompt])                                # or token by token:
+    b, c = engine.fork(a, 2)
+    engine.append(b, hint)                                     # forced tokens: no loss on them
+    engine.segment([a, b, c], 64, stop_strings=["\\n"])         # why each stopped; all can go on
+    rollout = engine.rollout([a, b, c]); engine.free([a, b, c])
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pymathrl import devices
+from pymathrl.batch import (
+    ROLE_FORCED,
+    ROLE_PROMPT,
+    ROLE_SAMPLED,
+    STOP_DEADLINE,
+    STOP_EOS,
+    STOP_LENGTH,
+    STOP_NAMES,
+    STOP_NONE,
+    STOP_STRING,
+    Rollout,
+)
+from pymathrl.errors import UserError
+from pymathrl.models.load import Policy
+from pymathrl.models.paged import Buffers, PagedCache, Pass, Sampling, Until
+from pymathrl.ops.attention import PAGE
+from pymathrl.ops.sample_token import sample_token
+from pymathrl.rollout.pages import PageTable, pages_for
+from pymathrl.rollout.supports import Supports
+
+CHECK_EVERY = {"cpu": 4, "cuda": 8}  # draws between two looks for ends: a sequence runs on for half as many on average
+GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # of CUDA graphs
+PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds its buffers
+TAIL_TOKENS = 24  # decoded in front of new tokens when a stop string is looked for
+Progress = Callable[[int, int, int], None]  # sequences finished, sequences in all, tokens drawn
+Hook = Callable[[list[int], Tensor, "StepStats"], Tensor | None]
+
+
+class StepStats:
+    """What the raw logits [R,V] of a step say, at temperature 1 and unfiltered; computed when asked for.
+
+    logp [R,V], entropy [R] and mean_logp [R] in nats; top [R,2]: the two largest probabilities. fp32.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        self._logits = logits
+
+    @cached_property
+    def logp(self) -> Tensor:
+        return torch.log_softmax(self._logits, -1)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        return -(self.logp.exp() * self.logp.masked_fill(self.logp == -torch.inf, 0.0)).sum(-1)
+
+    @cached_property
+    def mean_logp(self) -> Tensor:
+        return self.logp.mean(-1)
+
+    @cached_property
+    def top(self) -> Tensor:
+        return self.logp.topk(2, -1).values.exp()
+
+
+class Step(NamedTuple):
+    """One drawn token per sequence; fp32 in nats, of the distribution it was drawn from."""
+
+    ids: Tensor  # int64 [R]
+    logp: Tensor  # [R]
+    entropy: Tensor  # [R]
+    mean_logp: Tensor  # [R]
+    kept_mass: Tensor  # [R] the share of the probability that the filters left
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A point of a sequence to come back to: its length in tokens. Its keys and values stay in the cache."""
+
+    seq: int
+    length: int
+
+
+def _grown(needed: int, have: int) -> int:
+    return have if needed <= have else max(needed, 2 * have)
+
+
+class _Store:
+    """Tokens of S sequences and what was said about them: tensors [S,W] that grow in both directions.
+
+    ids int64, role int8; logp, mean_logp, entropy fp32, of sampled tokens. On the policy's device.
+    """
+
+    FIELDS = (("ids", torch.int64), ("role", torch.int8), ("logp", torch.float32), ("mean_logp", torch.float32),
+              ("entropy", torch.float32))  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        self.ids, self.role, self.logp, self.mean_logp, self.entropy = (
+            torch.zeros(0, 0, dtype=dtype, device=device) for _, dtype in self.FIELDS
+        )
+
+    def grow(self, slots: int, width: int) -> None:
+        """Room for so many slots and tokens; at least doubled, so that adding tokens one by one stays cheap."""
+        have_slots, have_width = self.ids.shape
+        slots, width = _grown(slots, have_slots), _grown(width, have_width)
+        if (slots, width) != (have_slots, have_width):
+            for name, _ in self.FIELDS:
+                old = getattr(self, name)
+                new = old.new_zeros(slots, width)
+                new[:have_slots, :have_width] = old
+                setattr(self, name, new)
+
+    def copy(self, source: Tensor, target: Tensor) -> None:
+        for name, _ in self.FIELDS:
+            values = getattr(self, name)
+            values[target] = values[source]
+
+
+class Engine:
+    """Generation with one policy. One engine serves a whole run: its buffers, pages and recorded passes are kept.
+
+    seed           of every random number
+    max_batch   sequences decoded side by side; more wait their turn. What is drawn does not depend on it
+    max_pages   pages of PAGE tokens for keys and values; None: what the free memory holds. Where they run out,
+                sequences are preempted and later go on as if nothing had happened
+    """
+
+    def __init__(self, policy: Policy, seed: int = 0, *, max_batch: int = 512, max_pages: int | None = None) -> None:
+        for name, value in (("max_batch", max_batch), ("max_pages", 1 if max_pages is None else max_pages)):
+            if value < 1:
+                raise ValueError(f"Engine: {name} must be >= 1, got {value}")
+        self.policy, self.seed, self.max_batch, self.max_pages = policy, seed, max_batch, max_pages
+        self.device = policy.device
+        self._store = _Store(self.device)
+        self._length = torch.zeros(0, dtype=torch.int64)  # tokens of the sequence in each slot
+        self._prompt = torch.zeros(0, dtype=torch.int64)  # of these, its prompt
+        self._uid = torch.zeros(0, dtype=torch.int64)
+        self._stop = torch.zeros(0, dtype=torch.int8)
+        self._live = torch.zeros(0, dtype=torch.bool)
+        self._next_uid = 0
+        self._support = Supports()
+        self._passes: dict[tuple[int, Until, Sampling | None, int], Pass] = {}
+        self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
+        self._cache = PagedCache(policy.model, 0, 0, 0)
+        self._buffers = Buffers(policy.model, 0)
+        self._ring_ids = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
+        self._ring_numbers = torch.zeros(0, 0, device=self.device)
+        self.preemptions = 0  # sequences that gave back their pages to others, since the engine was made
+
+    # --- whole generations ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        n: int,
+        max_new_tokens: int | Sequence[int],
+        *,
+        uids: Tensor | Sequence[int] | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        hook: Hook | None = None,
+        on_progress: Progress | None = None,
+    ) -> Rollout:
+        """n samples for each of P prompts -> Rollout of P*n rows in that order, on the policy's device; group = prompt.
+
+        prompts         non-empty lists of token ids
+        max_new_tokens  limit of a response in tokens; one for all, or one per prompt
+        uids            int64 [P*n], the identity of each sample in (seed, uid, draw); None: 0 .. P*n-1
+        seed            instead of the engine's
+        temperature     divides the logits, 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary
+        stop_ids        tokens that end a response and belong to it; None: the policy's end tokens; (): none
+        stop_strings    texts that end a response; the tokens up to the one that completes the text belong to it
+        hook            sees, and may replace, the logits of every step: see `step`
+        on_progress     called every few steps: (responses finished, responses in all, tokens drawn)
+        """
+        limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        for name, value in (("len(prompts)", len(prompts)), ("n", n), ("max_new_tokens", min(limits, default=1))):
+            if value < 1:
+                raise ValueError(f"generate: {name} must be >= 1, got {value}")
+        if len(limits) != len(prompts):
+            raise ValueError(f"generate: max_new_tokens must be one number or {len(prompts)}, got {len(limits)}")
+        uid = torch.arange(len(prompts) * n) if uids is None else torch.as_tensor(uids, dtype=torch.int64).cpu()
+        if uid.shape != (len(prompts) * n,):
+            raise ValueError(f"generate: uids must have shape [{len(prompts) * n}] (P*n), got {list(uid.shape)}")
+        for prompt, limit in zip(prompts, limits, strict=True):
+            self._check_length(len(prompt), limit)
+        sampling = self._sampling(temperature, top_k, top_p, min_p)
+        lengths = torch.tensor([len(p) for p in prompts])
+        roots = self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))
+        seqs = self._copy(roots.repeat_interleave(n), uid)
+        try:
+            limit = (lengths + torch.tensor(limits)).repeat_interleave(n)
+            pages = pages_for(limit).sort(descending=True).values[: self.max_batch].sum() + pages_for(lengths).sum()
+            self._open(pages=int(pages), tokens=int(limit.max()))
+            # prompts of like length follow each other: their prefills fill up the same passes
+            order = torch.argsort(lengths, stable=True)[:, None] * n + torch.arange(n)
+            self._run(
+                seqs, limit, _Ends.of(self.policy, stop_ids, stop_strings), sampling, self.seed if seed is None else seed,
+                order=order.flatten(), roots=roots.repeat_interleave(n), hook=hook, on_progress=on_progress,
+            )  # fmt: skip
+            return self._rollout(seqs, torch.arange(len(prompts)).repeat_interleave(n))
+        finally:
+            self._release(torch.cat([roots, seqs]))
+
+    # --- one step at a time --------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start(self, prompts: Sequence[Sequence[int]], uids: Sequence[int] | None = None) -> list[int]:
+        """A new sequence for each prompt: its handle. Free it when done.
+
+        uids: see `generate`; without them sequences are numbered in the order in which the engine made them.
+        """
+        for prompt in prompts:
+            self._check_length(len(prompt), 0)
+        return self._new(prompts, self._uids(len(prompts), uids)).tolist()
+
+    @torch.no_grad()
+    def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
+        """n copies of a sequence, which goes on too. They share its pages until one of them writes."""
+        slot = self._check([seq]).repeat(n)
+        self._feed(slot[:1])
+        copies = self._copy(slot, self._uids(n, uids))
+        self._pages.share(slot, copies)
+        return copies.tolist()
+
+    @torch.no_grad()
+    def append(self, seq: int, ids: Sequence[int]) -> None:
+        """Adds tokens that the policy did not draw: a hint, a tool's output. Their role is forced: no loss on them."""
+        slot = self._check([seq])
+        length = int(self._length[slot])
+        self._check_length(length, len(ids))
+        self._store.grow(0, length + len(ids))
+        self._store.ids[slot, length : length + len(ids)] = self._as_ids(ids)
+        self._store.role[slot, length : length + len(ids)] = ROLE_FORCED
+        self._length[slot] += len(ids)
+        self._stop[slot] = STOP_NONE
+
+    @torch.no_grad()
+    def step(
+        self,
+        seqs: Sequence[int],
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        hook: Hook | None = None,
+    ) -> Step:
+        """Draws one token for each sequence and appends it. Ends are the caller's affair; see `segment`.
+
+        hook(seqs, logits, stats) sees the raw logits, fp32 [R,V], before temperature and filters, and `StepStats` of
+        them; what it returns (None: nothing changed) is drawn from. The numbers are those of what was drawn from.
+        """
+        slots = self._check(seqs)
+        self._check_length(int(self._length[slots].max()), 1)
+        sampling = self._sampling(temperature, top_k, top_p, min_p)
+        parts = []
+        for part in self._waves(slots):
+            parts.append(self._draw(part, 1, sampling, self.seed, hook))
+            self._keep(part, parts[-1], torch.ones_like(part))
+        return Step(*(torch.cat(values, 1)[0] for values in zip(*parts, strict=True)))
+
+    @torch.no_grad()
+    def logits(self, seqs: Sequence[int]) -> Tensor:
+        """fp32 [R,V]: the raw logits of each sequence's next token; the sequences stay as they are."""
+        slots = self._check(seqs)
+        return torch.cat([self.policy.model.logits(self._hidden(part)) for part in self._waves(slots)])
+
+    @torch.no_grad()
+    def segment(
+        self,
+        seqs: Sequence[int],
+        max_new_tokens: int,
+        *,
+        stop_ids: Sequence[int] | None = None,
+        stop_strings: Sequence[str] = (),
+        keep_stop: bool = True,
+        deadline_s: float | None = None,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        hook: Hook | None = None,
+    ) -> list[str]:
+        """Draws for each sequence until it stops, and says why: "eos", "string", "length" or "deadline". All stay live
+        and can go on.
+
+        max_new_tokens, stop_ids, stop_strings, hook: as in `generate`. keep_stop False: a stop token, or the tokens
+        from the one on that begins the stop string, are taken back. deadline_s: seconds from now.
+        """
+        slots = self._check(seqs)
+        if max_new_tokens < 1:
+            raise ValueError(f"segment: max_new_tokens must be >= 1, got {max_new_tokens}")
+        self._check_length(int(self._length[slots].max()), max_new_tokens)
+        ends = replace(
+            _Ends.of(self.policy, stop_ids, stop_strings), keep=keep_stop,
+            deadline=None if deadline_s is None else time.monotonic() + deadline_s,
+        )  # fmt: skip
+        self._stop[slots] = STOP_NONE
+        self._run(
+            slots, self._length[slots] + max_new_tokens, ends, self._sampling(temperature, top_k, top_p, min_p),
+            self.seed, keep_pages=True, hook=hook,
+        )  # fmt: skip
+        self._support.cut(slots, self._length[slots])  # of what was drawn behind the ends
+        return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
+
+    def snapshot(self, seq: int) -> Snapshot:
+        """A point to come back to with `rollback`. Costs nothing."""
+        return Snapshot(seq, int(self._length[self._check([seq])]))
+
+    def rollback(self, seq: int, snapshot: Snapshot) -> None:
+        """Takes back every token after the snapshot."""
+        slot = self._check([seq])
+        if snapshot.seq != seq or snapshot.length > int(self._length[slot]):
+            raise ValueError(
+                f"rollback: expected a snapshot of sequence {seq} with at most its {int(self._length[slot])} tokens, "
+                f"got {snapshot}"
+            )
+        self._cut(slot, torch.tensor([snapshot.length]))
+        self._stop[slot] = STOP_NONE
+
+    def free(self, seqs: Sequence[int]) -> None:
+        """Ends sequences: their handles mean nothing any more."""
+        self._release(self._check(seqs))
+
+    def tokens(self, seq: int) -> list[int]:
+        """The token ids of a sequence, prompt included."""
+        slot = self._check([seq])
+        return self._store.ids[int(slot), : int(self._length[slot])].tolist()
+
+    def rollout(self, seqs: Sequence[int], group: Sequence[int] | None = None) -> Rollout:
+        """The sequences as a Rollout, in this order. group: number of each; None: all different."""
+        slots = self._check(seqs)
+        return self._rollout(slots, torch.arange(len(seqs)) if group is None else torch.as_tensor(group))
+
+    @property
+    def pages_in_use(self) -> int:
+        return self._pages.pages - self._pages.free
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        slots: Tensor,
+        limit: Tensor,
+        ends: _Ends,
+        sampling: Sampling,
+        seed: int,
+        *,
+        order: Tensor | None = None,
+        roots: Tensor | None = None,
+        keep_pages: bool = False,
+        hook: Hook | None = None,
+        on_progress: Progress | None = None,
+    ) -> None:
+        """Draws for slots [n] until each stops, at the latest at `limit` [n] tokens. Continuous batching: at most
+        max_batch run; one that stops makes room at once, one that is preempted comes back first.
+
+        order: in which they get their turn. roots [n]: slots that hold a sequence's prompt, to share its pages; given
+        back when all that want them have started. keep_pages: those of a sequence that stops stay.
+        """
+        end_of = torch.zeros_like(self._length)
+        end_of[slots] = limit
+        root_of = torch.full_like(self._length, -1)
+        if roots is not None:
+            root_of[slots] = roots
+        waiting = deque((slots if order is None else slots[order]).tolist())
+        active = torch.zeros(0, dtype=torch.int64)
+        finished = drawn_tokens = 0
+        every = 1 if hook is not None else CHECK_EVERY[self.device.type]
+        while waiting or active.numel():
+            active = self._admit(active, waiting, root_of)
+            k = min(every, int((end_of[active] - self._length[active]).min()))
+            fit = self._make_room(active, k - 1)
+            waiting.extendleft(reversed(active[fit:].tolist()))
+            active = active[:fit]
+            drawn = self._draw(active, k, sampling, seed, hook)
+            steps, stop = self._ends_of(active, drawn.ids, end_of[active], ends)
+            self._keep(active, drawn, steps)
+            self._stop[active] = stop
+            over = stop != STOP_NONE
+            done = active[over]
+            if done.numel():
+                if not ends.keep:
+                    self._take_back(done, ends)
+                if not keep_pages:
+                    self._pages.truncate(done, torch.zeros_like(done))
+                active = active[~over]
+            finished += done.numel()
+            drawn_tokens += int(steps.sum())
+            if on_progress is not None:
+                on_progress(finished, slots.numel(), drawn_tokens)
+            if ends.deadline is not None and time.monotonic() > ends.deadline:
+                left = torch.cat([active, torch.tensor(list(waiting), dtype=torch.int64)])
+                self._stop[left] = STOP_DEADLINE
+                return
+
+    def _admit(self, active: Tensor, waiting: deque[int], root_of: Tensor) -> Tensor:
+        """Takes sequences from the head of the queue while there are rows and pages for them; with their prompts' pages
+        where a root holds them."""
+        count = min(len(waiting), self.max_batch - active.numel())
+        if not count:
+            return active
+        new = torch.tensor([waiting[i] for i in range(count)])
+        # each running sequence may want a page before long: one that starts now must not be preempted for it
+        pages = self._pages.need(new, self._length[new]).cumsum(0)
+        count = int((pages <= self._pages.free - active.numel()).sum())
+        count = max(count, 0 if active.numel() else 1)
+        new = new[:count]
+        for _ in range(count):
+            waiting.popleft()
+        empty = new[(self._pages.fed[new] == 0) & (root_of[new] >= 0)]
+        roots = root_of[empty].unique()
+        roots = roots[self._live[roots]]
+        if roots.numel():
+            self._feed(roots[: self._make_room(roots, -1)])
+            sharing = empty[self._pages.fed[root_of[empty]] > 0]
+            self._pages.share(root_of[sharing], sharing)
+            root_of[new] = -1
+            wanted = root_of[torch.tensor(list(waiting), dtype=torch.int64)]
+            self._drop_pages(roots[~torch.isin(roots, wanted)])
+        return torch.cat([active, new])
+
+    def _ends_of(self, slots: Tensor, ids: Tensor, limit: Tensor, ends: _Ends) -> tuple[Tensor, Tensor]:
+        """ids [k,r] just drawn, limit [r] tokens -> (how many of them count [r], why the sequence stops [r] int8)."""
+        ids = ids.cpu()
+        hit = torch.isin(ids, ends.ids)
+        any_hit = hit.any(0)
+        steps = torch.where(any_hit, hit.int().argmax(0) + 1, ids.shape[0])
+        stop = torch.where(any_hit, STOP_EOS, STOP_NONE).to(torch.int8)
+        for row in range(slots.numel() if ends.strings else 0):
+            count = self._find_string(int(slots[row]), ids[: steps[row], row].tolist(), ends.strings)
+            if count is not None:
+                steps[row], stop[row] = count, STOP_STRING
+        full = (stop == STOP_NONE) & (self._length[slots] + steps >= limit)
+        return steps, torch.where(full, STOP_LENGTH, stop).to(torch.int8)
+
+    def _find_string(self, slot: int, new: list[int], strings: Sequence[str]) -> int | None:
+        """The number of new tokens after which the text first holds one of the strings, None: it does not."""
+        length, decode = int(self._length[slot]), self.policy.tokenizer.decode
+        begin = max(int(self._prompt[slot]), length - TAIL_TOKENS)
+        old = self._store.ids[slot, begin:length].tolist()
+        known = len(decode(old))
+        for count in range(1, len(new) + 1):
+            text = decode(old + new[:count])
+            if any(text.find(s, max(0, known - len(s) + 1)) >= 0 for s in strings):
+                return count
+        return None
+
+    def _take_back(self, slots: Tensor, ends: _Ends) -> None:
+        """Cuts the stop token, or the tokens from the one on that begins the stop string."""
+        decode = self.policy.tokenizer.decode
+        for slot in slots.tolist():
+            length = int(self._length[slot])
+            if self._stop[slot] == STOP_EOS:
+                self._cut(torch.tensor([slot]), torch.tensor([length - 1]))
+            elif self._stop[slot] == STOP_STRING:
+                begin = max(int(self._prompt[slot]), length - 2 * TAIL_TOKENS)
+                ids = self._store.ids[slot, begin:length].tolist()
+                at = max(decode(ids).rfind(s) for s in ends.strings)
+                keep = next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= at)
+                self._cut(torch.tensor([slot]), torch.tensor([begin + keep]))
+
+    # --- the forward passes --------------------------------------------------------------------------------------
+
+    def _draw(self, slots: Tensor, k: int, sampling: Sampling, seed: int, hook: Hook | None) -> Step:
+        """k draws for each slot [r], for which there is room: Step of tensors [k,r]. Nothing is kept yet."""
+        if hook is not None:
+            return self._draw_with_hook(slots, sampling, seed, hook)
+        rows, b = slots.numel(), self._buffers
+        step = self._pass(self._bucket(rows), "token", sampling, seed)
+        self._feed(slots, ahead=k - 1)
+        self._load(slots, step.rows)
+        self._grow_ring(k)
+        for j in range(k):
+            step.run()
+            self._ring_ids[j, :rows] = b.drawn[:rows]
+            self._ring_numbers[j, : 4 * step.rows] = b.numbers[: 4 * step.rows]
+            if step.support is not None:
+                self._support.add(slots, self._length[slots] + j, step.support[:rows])
+        numbers = b.split_numbers(step.rows, self._ring_numbers[:k])[..., :rows]
+        logp, entropy, mean_logp, kept_mass = numbers.unbind()
+        return Step(self._ring_ids[:k, :rows], logp, entropy, mean_logp, kept_mass)
+
+    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> Step:
+        logits = self.policy.model.logits(self._hidden(slots))
+        changed = hook(slots.tolist(), logits, StepStats(logits))
+        if changed is not None:
+            if changed.shape != logits.shape:
+                raise ValueError(f"hook: expected logits of shape {list(logits.shape)}, got {list(changed.shape)}")
+            logits = changed.float().contiguous()
+        support = None
+        if sampling.truncates:
+            support = torch.empty(logits.shape[0], (logits.shape[1] + 7) // 8, dtype=torch.uint8, device=self.device)
+        uid, draw = self._uid[slots].to(self.device), (self._length - self._prompt)[slots].to(self.device)
+        out = sample_token(
+            logits, seed, uid, draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
+            min_p=sampling.min_p, support=support,
+        )  # fmt: skip
+        if support is not None:
+            self._support.add(slots, self._length[slots], support)
+        return Step(*(value[None] for value in out))
+
+    def _hidden(self, slots: Tensor) -> Tensor:
+        """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it."""
+        step = self._pass(self._bucket(slots.numel()), "hidden", None, 0)
+        self._feed(slots, ahead=0)
+        self._load(slots, step.rows)
+        step.run()
+        return self._buffers.hidden[: slots.numel()]
+
+    def _feed(self, slots: Tensor, ahead: int = -1) -> None:
+        """Keys and values of every token but the last, and pages up to `ahead` tokens behind the last."""
+        pages = self._pages
+        pages.reserve(slots, self._length[slots] + ahead)
+        self._cache.table[slots.to(self.device)] = pages.table[slots].to(self.device, torch.int32)
+        missing = self._length[slots] - 1 - pages.fed[slots]
+        if not bool((missing > 0).any()):
+            return
+        missing.clamp_(min=0)
+        slot = torch.repeat_interleave(slots, missing)
+        within = torch.arange(slot.numel()) - torch.repeat_interleave(missing.cumsum(0) - missing, missing)
+        position = pages.fed[slot] + within
+        for start in range(0, slot.numel(), PREFILL_ROWS):
+            part = slice(start, start + PREFILL_ROWS)
+            rows = slot[part].numel()
+            self._fill(rows, slot[part], position[part])
+            Pass(self.policy.model, self._cache, self._buffers, rows, "cache", replay=False).run()
+        pages.fed[slots] = torch.maximum(pages.fed[slots], self._length[slots] - 1)
+
+    def _load(self, slots: Tensor, rows: int) -> None:
+        """The buffers' inputs: the last token of each slot, in the first rows of `rows`."""
+        self._fill(rows, slots, self._length[slots] - 1)
+
+    def _fill(self, rows: int, slots: Tensor, position: Tensor) -> None:
+        b, count = self._buffers, slots.numel()
+        draw = position + 1 - self._prompt[slots]
+        values = torch.stack([slots, slots, self._uid[slots], position, draw]).to(self.device)
+        values[0] = self._store.ids[values[1], values[3]]
+        b.inputs[:, :count] = values
+        b.slot[count:rows] = -1
+
+    def _pass(self, rows: int, until: Until, sampling: Sampling | None, seed: int) -> Pass:
+        key = (rows, until, sampling, seed)
+        if key not in self._passes:
+            self._passes[key] = Pass(self.policy.model, self._cache, self._buffers, rows, until, sampling, seed)
+        return self._passes[key]
+
+    def _bucket(self, rows: int) -> int:
+        """Rows of the pass that serves `rows`: exactly so many on a CPU, where a recording is cheap; on a GPU one of a
+        few sizes, each with its captured graph."""
+        if self.device.type == "cpu":
+            return rows
+        return next((size for size in GRAPH_ROWS if size >= rows), -(-rows // 64) * 64)
+
+    def _grow_ring(self, k: int) -> None:
+        if len(self._ring_ids) < k or self._ring_ids.shape[1] < self._buffers.rows:
+            self._ring_ids = torch.zeros(k, self._buffers.rows, dtype=torch.int64, device=self.device)
+            self._ring_numbers = torch.zeros(k, 4 * self._buffers.rows, device=self.device)
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def _make_room(self, slots: Tensor, ahead: int) -> int:
+        """How many of the slots, counted from the first, get pages up to `ahead` tokens behind their last. Others give
+        theirs back for them: first sequences that are not asked for, then the last of those that are."""
+        slots = slots[: self.max_batch]
+        end = self._length[slots] + ahead
+        self._open(pages=self._pages.pages - self._pages.free + int(self._pages.need(slots, end).sum()),
+                   tokens=int(end.max()) + 1)  # fmt: skip
+        while int(self._pages.need(slots, end).sum()) > self._pages.free:
+            others = self._pages.held > 0
+            others[slots] = False
+            victims = others.nonzero()[:, 0]
+            if victims.numel() == 0:
+                if slots.numel() == 1:
+                    raise UserError(
+                        f"the cache holds {self._pages.pages} pages of {PAGE} tokens, and one sequence of {int(end)} "
+                        f"tokens needs {int(pages_for(end))}; free memory, or shorten prompts and responses"
+                    )
+                victims, slots, end = slots[-1:], slots[:-1], end[:-1]
+            self.preemptions += 1
+            self._drop_pages(victims[-1:])
+        return slots.numel()
+
+    def _waves(self, slots: Tensor) -> Iterator[Tensor]:
+        """The slots in parts that have room at a time, for one more token each."""
+        while slots.numel():
+            fit = self._make_room(slots, 0)
+            yield slots[:fit]
+            slots = slots[fit:]
+
+    def _open(self, pages: int, tokens: int) -> None:
+        """Room for `pages` pages, as far as the memory goes, and for sequences of `tokens` tokens. What was recorded on
+        older tensors is forgotten."""
+        model, have, slots = self.policy.model, self._pages, self._live.numel()
+        rows = max(self.max_batch, PREFILL_ROWS)
+        if self._buffers.rows < rows:
+            self._buffers = Buffers(model, rows)
+        columns = _grown(-(-tokens // PAGE), have.table.shape[1])
+        if pages > have.pages:
+            limit = self.max_pages
+            if limit is None:
+                limit = have.pages + devices.free_bytes(self.device) // PagedCache.page_bytes(model)
+            pages = max(have.pages, min(limit, max(pages, 2 * have.pages)))
+        if pages <= have.pages and (slots, columns) == tuple(have.table.shape):
+            return
+        have.grow(max(pages, have.pages), slots, columns)
+        self._cache.grow(max(pages, have.pages), slots, columns)
+        self._passes.clear()
+
+    def _drop_pages(self, slots: Tensor) -> None:
+        self._pages.truncate(slots, torch.zeros_like(slots))
+
+    def _cut(self, slots: Tensor, length: Tensor) -> None:
+        self._length[slots] = length
+        self._pages.truncate(slots, length - 1)
+        self._support.cut(slots, length)
+
+    # --- sequences -----------------------------------------------------------------------------------------------
+
+    def _new(self, prompts: Sequence[Sequence[int]], uids: Tensor) -> Tensor:
+        """Slots of new sequences that hold these prompts."""
+        lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
+        ids = self._as_ids([i for p in prompts for i in p])
+        slots = self._take_slots(len(prompts), int(lengths.max()) if len(prompts) else 0)
+        row = torch.repeat_interleave(slots, lengths)
+        column = torch.arange(row.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
+        at = row.to(self.device), column.to(self.device)
+        self._store.ids[at] = ids
+        self._store.role[at] = ROLE_PROMPT
+        self._length[slots] = self._prompt[slots] = lengths
+        self._uid[slots] = uids
+        return slots
+
+    def _copy(self, source: Tensor, uids: Tensor) -> Tensor:
+        """Slots of new sequences with the tokens of `source`, without pages."""
+        slots = self._take_slots(source.numel(), 0)
+        self._store.copy(source.to(self.device), slots.to(self.device))
+        for values in (self._length, self._prompt):
+            values[slots] = values[source]
+        self._uid[slots] = uids
+        self._support.copy(source, slots)
+        return slots
+
+    def _take_slots(self, count: int, width: int) -> Tensor:
+        idle = (~self._live).nonzero()[:count, 0]
+        have = self._live.numel()
+        more = _grown(have + count - idle.numel(), have) - have
+        if more:
+            for name in ("_length", "_prompt", "_uid", "_stop", "_live"):
+                old = getattr(self, name)
+                setattr(self, name, torch.cat([old, old.new_zeros(more)]))
+            idle = (~self._live).nonzero()[:count, 0]
+        self._store.grow(self._live.numel(), width)
+        self._open(pages=self._pages.pages, tokens=1)
+        self._live[idle], self._stop[idle] = True, STOP_NONE
+        return idle
+
+    def _release(self, slots: Tensor) -> None:
+        self._drop_pages(slots)
+        self._live[slots] = False
+        self._support.cut(slots, torch.zeros_like(slots))
+
+    def _keep(self, slots: Tensor, drawn: Step, steps: Tensor) -> None:
+        """Appends the first steps [r] of drawn [k,r] to each slot."""
+        if not bool(torch.isfinite(drawn.logp).all()):
+            raise UserError(
+                "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
+            )
+        k, store = drawn.ids.shape[0], self._store
+        store.grow(0, int(self._length[slots].max()) + k)
+        # a sequence that has ended drew on until the look: those tokens lie behind its length and are never read
+        row, column = slots[:, None].to(self.device), (self._length[slots, None] + torch.arange(k)).to(self.device)
+        for name in ("ids", "logp", "mean_logp", "entropy"):
+            getattr(store, name)[row, column] = getattr(drawn, name).T
+        store.role[row, column] = ROLE_SAMPLED
+        self._length[slots] += steps
+        self._pages.fed[slots] = self._length[slots] - 1
+
+    def _rollout(self, slots: Tensor, group: Tensor) -> Rollout:
+        lengths = self._length[slots]
+        offsets = torch.zeros(slots.numel() + 1, dtype=torch.int64)
+        offsets[1:] = lengths.cumsum(0)
+        row = torch.repeat_interleave(slots, lengths)
+        column = torch.arange(row.numel()) - torch.repeat_interleave(offsets[:-1], lengths)
+        at = row.to(self.device), column.to(self.device)
+        store = self._store
+        role = store.role[at]
+        numbers = {
+            name: torch.where(role == ROLE_SAMPLED, getattr(store, name)[at], 0.0)
+            for name in ("logp", "mean_logp", "entropy")
+        }
+        support_ids, support_offsets = self._support.pack(slots, lengths)
+        return Rollout(
+            ids=store.ids[at], role=role, **numbers, offsets=offsets, prompt_len=self._prompt[slots], group=group,
+            uid=self._uid[slots], stop=self._stop[slots], support_ids=support_ids, support_offsets=support_offsets,
+        ).to(self.device)  # fmt: skip
+
+    # --- checks --------------------------------------------------------------------------------------------------
+
+    def _check(self, seqs: Sequence[int]) -> Tensor:
+        slots = torch.tensor(list(seqs), dtype=torch.int64)
+        ok = (slots >= 0) & (slots < self._live.numel())
+        ok &= self._live[slots.clamp(0, max(0, self._live.numel() - 1))] if self._live.numel() else ok
+        if not slots.numel() or not bool(ok.all()):
+            raise ValueError(f"Engine: expected handles of live sequences, got {list(seqs)}")
+        if slots.unique().numel() < slots.numel():
+            raise ValueError(f"Engine: expected each sequence once, got {list(seqs)}")
+        return slots
+
+    def _check_length(self, tokens: int, more: int) -> None:
+        limit = self.policy.config.max_positions
+        if tokens < 1:
+            raise ValueError("Engine: each prompt must have at least one token, got an empty one")
+        if tokens + more > limit:
+            raise UserError(
+                f"a prompt of {tokens} tokens and {more} new tokens exceed the model's {limit} positions; shorten the "
+                "prompts or lower the number of new tokens"
+            )
+
+    def _as_ids(self, ids: Sequence[int]) -> Tensor:
+        values = torch.tensor(list(ids), dtype=torch.int64)
+        vocab = self.policy.config.vocab_size
+        if values.numel() and not (0 <= int(values.min()) and int(values.max()) < vocab):
+            raise ValueError(f"Engine: token ids must be in 0..{vocab - 1}, got {int(values.min())}..{int(values.max())}")
+        return values.to(self.device)
+
+    def _uids(self, count: int, uids: Sequence[int] | None) -> Tensor:
+        if uids is None:
+            self._next_uid += count
+            return torch.arange(self._next_uid - count, self._next_uid)
+        if len(uids) != count:
+            raise ValueError(f"Engine: uids must have {count} elements, one per sequence, got {len(uids)}")
+        return torch.tensor(list(uids), dtype=torch.int64)
+
+    @staticmethod
+    def _sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> Sampling:
+        return Sampling(float(temperature), int(top_k), float(top_p), float(min_p))
+
+
+@dataclass(frozen=True)
+class _Ends:
+    """What ends a response. keep: the stop token or string stays in it. deadline: of time.monotonic()."""
+
+    ids: Tensor
+    strings: tuple[str, ...]
+    keep: bool = True
+    deadline: float | None = None
+
+    @staticmethod
+    def of(policy: Policy, ids: Sequence[int] | None, strings: Iterable[str]) -> _Ends:
+        strings = tuple(strings)
+        if any(not s for s in strings):
+            raise ValueError("stop_strings must not be empty texts")
+        return _Ends(torch.tensor(policy.eos_ids if ids is None else list(ids), dtype=torch.int64), strings)

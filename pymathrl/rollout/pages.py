@@ -1,0 +1,131 @@
+"""Which sequence holds which pages: reference counts, sharing, copy-on-write. Bookkeeping on the host, in bulk.
+
+A sequence in slot s has fed[s] tokens in the cache, in its first held[s] = ceil(reserved / PAGE) pages. Pages are
+shared by reference (`share`); a page that others hold too is copied before a sequence writes into it (`reserve`). Only
+the page that holds position fed[s] can be both shared and still to be written: the ones before are full, the ones after
+are the sequence's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pymathrl.ops.attention import PAGE
+
+
+def pages_for(tokens: Tensor) -> Tensor:
+    """int64: pages that hold so many tokens."""
+    return (tokens + PAGE - 1) // PAGE
+
+
+class PageTable:
+    """Pages of up to S sequences out of a pool. All tensors are int64 on the CPU.
+
+    table [S,C]    page numbers, of which the first held[s] count in row s
+    held  [S]      pages that a sequence holds
+    fed   [S]      tokens whose keys and values are in them
+    refs  [pages]  sequences that hold a page; 0 = free
+    """
+
+    def __init__(self, pages: int, slots: int, columns: int, copy: Callable[[Tensor, Tensor], None]) -> None:
+        """copy(source, target): copies pages of the cache."""
+        self.copy = copy
+        self.table = torch.zeros(slots, columns, dtype=torch.int64)
+        self.held = torch.zeros(slots, dtype=torch.int64)
+        self.fed = torch.zeros(slots, dtype=torch.int64)
+        self.refs = torch.zeros(pages, dtype=torch.int64)
+        self._stack = torch.arange(pages - 1, -1, -1)  # free pages: the first `free` entries, the top is taken first
+        self.free = pages
+
+    @property
+    def pages(self) -> int:
+        return self.refs.numel()
+
+    def need(self, slots: Tensor, end: Tensor) -> Tensor:
+        """[n]: new pages that each slot needs before it can write positions fed .. end-1, copies included, as if alone."""
+        fresh = (pages_for(end) - self.held[slots]).clamp(min=0)
+        return fresh + self._shared(slots, end).long()
+
+    def _shared(self, slots: Tensor, end: Tensor) -> Tensor:
+        """bool [n]: the page of position `fed` is in use already, by others too, and will be written."""
+        fed = self.fed[slots]
+        page = self.table[slots, (fed // PAGE).clamp(max=self.table.shape[1] - 1)]
+        return (fed % PAGE > 0) & (end > fed) & (self.refs[page] > 1)
+
+    def reserve(self, slots: Tensor, end: Tensor) -> None:
+        """Makes positions fed .. end-1 of these distinct slots writable. The caller has seen that `need` fits `free`."""
+        written = slots[self._shared(slots, end)]
+        if written.numel():
+            column = self.fed[written] // PAGE
+            source = self.table[written, column]
+            # of several holders that all write, the last keeps the page
+            order = torch.argsort(source, stable=True)
+            written, column, source = written[order], column[order], source[order]
+            run = torch.arange(source.numel())
+            first = torch.searchsorted(source, source)  # where each page's run starts
+            moves = run - first < self.refs[source] - 1
+            written, column, source = written[moves], column[moves], source[moves]
+            target = self._take(source.numel())
+            self.copy(source, target)
+            self.table[written, column] = target
+            self._drop(source)
+        fresh = (pages_for(end) - self.held[slots]).clamp(min=0)
+        total = int(fresh.sum())
+        if total:
+            row = torch.repeat_interleave(slots, fresh)
+            start = torch.repeat_interleave(fresh.cumsum(0) - fresh, fresh)
+            column = self.held[row] + torch.arange(total) - start
+            self.table[row, column] = self._take(total)
+            self.held[slots] += fresh
+
+    def share(self, source: Tensor, target: Tensor) -> None:
+        """Empty slots `target` hold what `source` [n] has fed."""
+        held = pages_for(self.fed[source])
+        self.fed[target] = self.fed[source]
+        self.held[target] = held
+        self.table[target] = self.table[source]
+        self.refs.index_add_(0, self._entries(target, held), torch.ones(int(held.sum()), dtype=torch.int64))
+
+    def truncate(self, slots: Tensor, fed: Tensor) -> None:
+        """Forgets what lies behind the first `fed` tokens, and gives back the pages behind them."""
+        self.fed[slots] = torch.minimum(self.fed[slots], fed)
+        keep = torch.minimum(self.held[slots], pages_for(self.fed[slots]))
+        drop = self.held[slots] - keep
+        if int(drop.sum()):
+            self._drop(self._entries(slots, drop, keep))
+        self.held[slots] = keep
+
+    def _entries(self, slots: Tensor, count: Tensor, start: Tensor | None = None) -> Tensor:
+        """The page numbers table[s, start .. start+count-1] of all slots, one after the other."""
+        row = torch.repeat_interleave(slots, count)
+        within = torch.arange(row.numel()) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        return self.table[row, within if start is None else within + torch.repeat_interleave(start, count)]
+
+    def _take(self, count: int) -> Tensor:
+        if count > self.free:
+            raise RuntimeError(f"PageTable: {count} pages asked for, {self.free} of {self.pages} are free")
+        taken = self._stack[self.free - count : self.free].clone()
+        self.free -= count
+        self.refs[taken] = 1
+        return taken
+
+    def _drop(self, pages: Tensor) -> None:
+        self.refs.index_add_(0, pages, torch.full_like(pages, -1))
+        gone = pages[self.refs[pages] == 0].unique()
+        self._stack[self.free : self.free + gone.numel()] = gone
+        self.free += gone.numel()
+
+    def grow(self, pages: int, slots: int, columns: int) -> None:
+        """Room for so many pages, slots and columns; none of them shrinks."""
+        table = torch.zeros(slots, columns, dtype=torch.int64)
+        table[: self.table.shape[0], : self.table.shape[1]] = self.table
+        self.table = table
+        more = slots - self.held.numel()
+        self.held, self.fed = (torch.cat([x, x.new_zeros(more)]) for x in (self.held, self.fed))
+        fresh = torch.arange(pages - 1, self.pages - 1, -1)
+        self._stack = torch.cat([fresh, self._stack[: self.free], torch.zeros(self.pages - self.free, dtype=torch.int64)])
+        self.refs = torch.cat([self.refs, torch.zeros(fresh.numel(), dtype=torch.int64)])
+        self.free += fresh.numel()
