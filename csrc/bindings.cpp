@@ -14,6 +14,7 @@
 #include "rms_norm.h"
 #include "row_kernels.h"
 #include "sample_token.h"
+#include "swiglu.h"
 #include "token_logprob.h"
 
 namespace py = pybind11;
@@ -345,12 +346,13 @@ void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, con
   RmsNormParams p{};
   p.rows = x.size[0];
   p.width = x.size[1];
-  p.x = args.dense<float>("x", x, {p.rows, p.width});
-  p.residual = args.optional<float>("residual", residual, {p.rows, p.width});
-  p.weight = args.dense<float>("weight", weight, {p.width});
-  p.sum = args.optional<float>("sum", sum, {p.rows, p.width});
+  p.dtype = args.activation_dtype("x", x);
+  p.x = args.dense("x", x, p.dtype, {p.rows, p.width});
+  p.residual = args.optional("residual", residual, p.dtype, {p.rows, p.width});
+  p.weight = args.dense("weight", weight, p.dtype, {p.width});
+  p.sum = args.optional("sum", sum, p.dtype, {p.rows, p.width});
   if (!p.sum != !p.residual) fail("rms_norm: sum is the output of x + residual; give both or neither");
-  p.y = args.dense<float>("y", y, {p.rows, p.width});
+  p.y = args.dense("y", y, p.dtype, {p.rows, p.width});
   p.rstd = args.optional<float>("rstd", rstd, {p.rows});
   p.eps = eps;
   launch(args, stream, p, rms_norm_cpu, CUDA_TWIN(rms_norm_cuda));
@@ -362,14 +364,38 @@ void rms_norm_backward(const Tensor& h, const Tensor& weight, const Tensor& rstd
   RmsNormGradParams p{};
   p.rows = h.size[0];
   p.width = h.size[1];
-  p.h = args.dense<float>("h", h, {p.rows, p.width});
-  p.weight = args.dense<float>("weight", weight, {p.width});
+  p.dtype = args.activation_dtype("h", h);
+  p.h = args.dense("h", h, p.dtype, {p.rows, p.width});
+  p.weight = args.dense("weight", weight, p.dtype, {p.width});
   p.rstd = args.dense<float>("rstd", rstd, {p.rows});
-  p.dy = args.dense<float>("dy", dy, {p.rows, p.width});
-  p.dh_out = args.optional<float>("dh_out", dh_out, {p.rows, p.width});
-  p.dh = args.dense<float>("dh", dh, {p.rows, p.width});
+  p.dy = args.dense("dy", dy, p.dtype, {p.rows, p.width});
+  p.dh_out = args.optional("dh_out", dh_out, p.dtype, {p.rows, p.width});
+  p.dh = args.dense("dh", dh, p.dtype, {p.rows, p.width});
   p.dw = args.dense<float>("dw", dw, {1 + rms_norm_blocks(p.rows), p.width});
   launch(args, stream, p, rms_norm_backward_cpu, CUDA_TWIN(rms_norm_backward_cuda));
+}
+
+void swiglu(const Tensor& gate_up, const Tensor& out, uintptr_t stream) {
+  Args args("swiglu", gate_up);
+  SwigluParams p{};
+  p.rows = out.size[0];
+  p.width = out.size[1];
+  p.dtype = args.activation_dtype("gate_up", gate_up);
+  p.gate_up = args.dense("gate_up", gate_up, p.dtype, {p.rows, 2 * p.width});
+  p.out = args.dense("out", out, p.dtype, {p.rows, p.width});
+  launch(args, stream, p, swiglu_cpu, CUDA_TWIN(swiglu_cuda));
+}
+
+void swiglu_backward(const Tensor& gate_up, const Tensor& dout, const Tensor& dgate_up, uintptr_t stream) {
+  Args args("swiglu_backward", gate_up);
+  SwigluGradParams p{};
+  p.rows = dout.size[0];
+  p.width = dout.size[1];
+  p.dtype = args.activation_dtype("gate_up", gate_up);
+  p.gate_up = args.dense("gate_up", gate_up, p.dtype, {p.rows, 2 * p.width});
+  p.dout = args.dense("dout", dout, p.dtype, {p.rows, p.width});
+  p.dgate_up = args.dense("dgate_up", dgate_up, p.dtype, {p.rows, 2 * p.width});
+  launch(args, stream, p, swiglu_backward_cpu, CUDA_TWIN(swiglu_backward_cuda));
 }
 
 }  // namespace
@@ -441,4 +467,8 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rstd"), py::arg("eps"), py::arg("stream"));
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("h"), py::arg("weight"), py::arg("rstd"), py::arg("dy"),
         py::arg("dh_out"), py::arg("dh"), py::arg("dw"), py::arg("stream"));
+
+  m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("stream"));
+  m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
+        py::arg("stream"));
 }
