@@ -3,6 +3,7 @@
 
 #include "common/tensor.h"
 #include "rms_norm.h"
+#include "rotary.h"
 #include "row_kernels.h"
 #include "swiglu.h"
 
@@ -70,6 +71,8 @@ const Level& level() {
 
 BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
+BY_LEVEL(rotary_cpu, RotaryParams)
+BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
 BY_LEVEL(swiglu_cpu, SwigluParams)
 BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
 

@@ -75,11 +75,7 @@ void rms_norm_backward_cpu(const RmsNormGradParams& p) {
       for (int64_t row = block * kNormRows; row < last; ++row) backward_row(p, row, dw);
     }
   });
-  for (int64_t j = 0; j < p.width; ++j) {
-    double sum = 0;
-    for (int64_t block = 1; block <= blocks; ++block) sum += p.dw[block * p.width + j];
-    p.dw[j] = static_cast<float>(sum);
-  }
+  sum_blocks(p.dw, blocks, p.width);
 }
 
 }  // namespace PYMATHRL_LEVEL

@@ -49,4 +49,15 @@ template <class F> HD F rms_norm_grad(F h, F weighted_dy, float rstd, float mean
   return (weighted_dy - h * (rstd * rstd * mean)) * rstd;
 }
 
+// Row 0 becomes the sum of rows 1..blocks, each column in double and in order.
+HD void sum_blocks(float* rows, int64_t blocks, int64_t width) {
+  for (int64_t begin = 0; begin < width; begin += kLanes) {
+    const int64_t count = width - begin < kLanes ? width - begin : kLanes;
+    double sum[kLanes] = {};
+    for (int64_t block = 1; block <= blocks; ++block)
+      for (int64_t j = 0; j < count; ++j) sum[j] += rows[block * width + begin + j];
+    for (int64_t j = 0; j < count; ++j) rows[begin + j] = static_cast<float>(sum[j]);
+  }
+}
+
 }  // namespace pymathrl

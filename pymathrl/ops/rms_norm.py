@@ -99,7 +99,7 @@ class _RmsNorm(torch.autograd.Function):
             view(_rows(h)), view(weight), view(rstd), view(_rows(dy)),
             None if dh_out is None else view(_rows(dh_out)), view(_rows(dh)), view(dw), stream(h),
         )  # fmt: skip
-        return dh, dh if ctx.added else None, dw[0].to(weight.dtype), None
+        return dh, dh if ctx.added else None, dw[0].to(weight.dtype, copy=True), None
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
