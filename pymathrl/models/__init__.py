@@ -1,12 +1,11 @@
 """Models: the decoder, its tokenizer, and checkpoints in and out."""
 
 from pymathrl.models.config import ModelConfig, Rope, rope_table
-from pymathrl.models.decoder import Cache, Decoder
+from pymathrl.models.decoder import Decoder
 from pymathrl.models.load import Policy, load, new_policy, save
 from pymathrl.models.tokenizer import Tokenizer, char_tokenizer
 
 __all__ = [
-    "Cache",
     "Decoder",
     "ModelConfig",
     "Policy",

@@ -5,14 +5,6 @@ PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
 
 from pymathrl.ops._call import IMPL, WHY
 from pymathrl.ops.aggregation import aggregation_coef
-from pymathrl.ops.attention import (
-    Attention,
-    attention,
-    attention_ref,
-    attention_supports,
-    decode_attention,
-    decode_attention_ref,
-)
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
@@ -30,7 +22,6 @@ from pymathrl.ops.token_logprob import (
 __all__ = [
     "IMPL",
     "WHY",
-    "Attention",
     "GroupAdvantage",
     "PolicyLoss",
     "SampleToken",
@@ -38,11 +29,6 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_ref",
     "aggregation_coef",
-    "attention",
-    "attention_ref",
-    "attention_supports",
-    "decode_attention",
-    "decode_attention_ref",
     "group_advantage",
     "group_advantage_ref",
     "merge_stats",

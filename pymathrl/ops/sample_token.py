@@ -33,6 +33,7 @@ def sample_token(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    out=None, support=None,
 ) -> SampleToken:
     """Draw a token from softmax(logits / temperature) of each row, by inverse CDF in vocabulary order.
 
@@ -61,12 +62,16 @@ def sample_token(
             f"sample_token: need top_k >= 0 and top_p, min_p in [0, 1], got top_k={top_k}, top_p={top_p}, min_p={min_p}"
         )
     if use_reference():
-        return sample_token_ref(
+        r = sample_token_ref(
             logits, seed, uid, step, stream=stream, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )
+        if out: out[0].copy_(r[0]); out[1].copy_(torch.stack(r[1:]))
+        return r
     rows, device = logits.shape[0], logits.device
-    ids = torch.empty(rows, dtype=torch.int64, device=device)
-    numbers = torch.empty((4, rows), dtype=torch.float32, device=device)  # one allocation: a call costs microseconds
+    if out: ids, numbers = out
+    else:
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        numbers = torch.empty((4, rows), dtype=torch.float32, device=device)  # one allocation: a call costs microseconds
     _C.sample_token(
         view(logits), view(uid), view(step), view(ids), view(numbers), seed & (2**64 - 1), stream, temperature,
         top_k, top_p, min_p, stream_handle(logits),

@@ -429,8 +429,9 @@ class Engine:
             return active
         new = torch.tensor([waiting[i] for i in range(count)])
         # each running sequence may want a page before long: one that starts now must not be preempted for it
-        pages = self._pages.need(new, self._length[new]).cumsum(0)
-        count = int((pages <= self._pages.free - active.numel()).sum())
+        pages = self._pages.need(new, self._length[new]).cumsum(0) + active.numel()
+        self._open(pages=self.pages_in_use + int(pages[-1]), tokens=int(self._length[new].max()) + 1)
+        count = int((pages <= self._pages.free).sum())
         count = max(count, 0 if active.numel() else 1)
         new = new[:count]
         for _ in range(count):
@@ -591,8 +592,7 @@ class Engine:
         theirs back for them: first sequences that are not asked for, then the last of those that are."""
         slots = slots[: self.max_batch]
         end = self._length[slots] + ahead
-        self._open(pages=self._pages.pages - self._pages.free + int(self._pages.need(slots, end).sum()),
-                   tokens=int(end.max()) + 1)  # fmt: skip
+        self._open(pages=self.pages_in_use + int(self._pages.need(slots, end).sum()), tokens=int(end.max()) + 1)
         while int(self._pages.need(slots, end).sum()) > self._pages.free:
             others = self._pages.held > 0
             others[slots] = False
@@ -678,7 +678,7 @@ class Engine:
                 setattr(self, name, torch.cat([old, old.new_zeros(more)]))
             idle = (~self._live).nonzero()[:count, 0]
         self._store.grow(self._live.numel(), width)
-        self._open(pages=self._pages.pages, tokens=1)
+        self._open(pages=1, tokens=1)
         self._live[idle], self._stop[idle] = True, STOP_NONE
         return idle
 
