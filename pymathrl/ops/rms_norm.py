@@ -26,7 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, rms_norm(h, weight, eps)) with h = x + residual, in one pass. Differentiable in all; shapes as in rms_norm."""
+    """(h, rms_norm(h, weight, eps)) with h = x + residual, in one pass. Differentiable; shapes as in rms_norm."""
     if x.shape != residual.shape:
         raise ValueError(f"rms_norm: x and residual must agree, got {list(x.shape)} and {list(residual.shape)}")
     if use_reference():
@@ -48,7 +48,7 @@ def rms_norm_out(
     allocating: for buffers that stay where they are. All contiguous; sum may be x or residual itself.
     """
     if use_reference():
-        h = x if sum is None or residual is None else torch.add(x, residual, out=sum)
+        h = x if residual is None else torch.add(x, residual, out=sum)
         y.copy_(rms_norm_ref(h, weight, eps))
     else:
         _C.rms_norm(

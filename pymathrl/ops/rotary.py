@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) on a packed projection, with Qwen3's norms of the heads before them."""
+"""Rotary positions (Su et al., arXiv 2104.09864) on a packed projection, after Qwen3's norms of the heads."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def rotary(
 ) -> torch.Tensor:
     """[scale * R(norm(q)) | R(norm(k)) | v] with norm(x) = x / sqrt(mean(x^2) + eps) * weight over each head.
 
-    qkv       [T,(H+2K)E] fp32, on a GPU also bf16: H query heads, K key heads, K value heads; E a multiple of 8, at most
-              256. Arithmetic in fp32
+    qkv       [T,(H+2K)E] fp32, on a GPU also bf16: H query heads, K key heads, K value heads; E a multiple of 8,
+              at most 256. Arithmetic in fp32
     position  int64 [T], rows of rope
     rope      [P,E] fp32: the cosines of a position's E/2 angles, then their sines. R turns the pairs (j, j+E/2):
               out_j = x_j c_j - x_{j+E/2} s_j, out_{j+E/2} = x_{j+E/2} c_j + x_j s_j

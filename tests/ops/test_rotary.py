@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pymathrl.ops.rotary import rotary, rotary_ref
-from tests.oracle import accepts, assert_accurate
+from tests.oracle import assert_accurate
 
 # rows, query heads, key/value heads, head size
 SHAPES = [(1, 1, 1, 8), (7, 4, 2, 16), (5, 3, 1, 24), (33, 2, 2, 40), (130, 8, 2, 64), (9, 16, 8, 128), (3, 2, 1, 256)]
