@@ -1,7 +1,20 @@
 """Models: the decoder, its tokenizer, and checkpoints in and out."""
 
-from pymathrl.models.decoder import Cache, Decoder, ModelConfig
+from pymathrl.models.config import ModelConfig, Rope, rope_table
+from pymathrl.models.decoder import Cache, Decoder
 from pymathrl.models.load import Policy, load, new_policy, save
 from pymathrl.models.tokenizer import Tokenizer, char_tokenizer
 
-__all__ = ["Cache", "Decoder", "ModelConfig", "Policy", "Tokenizer", "char_tokenizer", "load", "new_policy", "save"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "ModelConfig",
+    "Policy",
+    "Rope",
+    "Tokenizer",
+    "char_tokenizer",
+    "load",
+    "new_policy",
+    "rope_table",
+    "save",
+]

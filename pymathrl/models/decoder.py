@@ -3,10 +3,7 @@
 Two forward passes share one copy of the weights: `hidden` (whole right-padded rows, autograd) for the update, and
 `prefill` + `decode` (a KV cache, no gradients, few calls per layer) for generation.
 
-Storage differs from the checkpoint layout in three ways, undone on save by `tensor_specs`:
-- q, k and v are one matrix `qkv`, gate and up are one matrix `gate_up`: one GEMM each;
-- the two halves of each q and k head are interleaved (pair j at 2j, 2j+1 instead of j, j + head_dim/2), so that
-  rotation is one complex product. Scores do not change: the same permutation on q and k leaves q.k as it was.
+q, k and v are one matrix `qkv`, gate and up are one matrix `gate_up`: one GEMM each.
 
 Dimensions: B rows, S columns, D hidden size, H query heads, K key/value heads, E head size, F MLP size, V vocabulary.
 Weights and activations have the parameter dtype; norm statistics, rotation and logits are fp32.
@@ -15,204 +12,19 @@ Weights and activations have the parameter dtype; norm statistics, rotation and 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymathrl.errors import UserError
-from pymathrl.ops._call import _C, use_reference
-from pymathrl.ops.attention import attention, attention_supports, decode_attention
+from pymathrl.models.config import ModelConfig, rope_table
+from pymathrl.ops._call import use_reference
+from pymathrl.ops.attention import attention, decode_attention
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}  # model_type -> architecture
 PREFILL_TOKENS = 16384  # padded tokens of one prefill piece: bounds the MLP's workspace (2F floats a token)
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Shape of a decoder; the meaning of each field is that of Hugging Face's config.json."""
-
-    vocab_size: int  # V, rows of the embedding table
-    hidden_size: int  # D
-    intermediate_size: int  # F
-    num_layers: int
-    num_heads: int  # H
-    num_kv_heads: int  # K, divides H
-    head_dim: int  # E, even
-    max_positions: int = 2048  # longest sequence in tokens
-    rope_theta: float = 10000.0
-    rms_norm_eps: float = 1e-6
-    tie_embeddings: bool = False
-    attention_bias: bool = False  # bias on q, k and v (Qwen2); the output projection has none
-    model_type: str = "llama"
-    bos_id: int | None = None
-    eos_ids: tuple[int, ...] = ()
-    pad_id: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise UserError(f"model config: {name} must be at least 1, got {getattr(self, name)}")
-        if self.num_heads % self.num_kv_heads:
-            raise UserError(
-                f"model config: num_attention_heads ({self.num_heads}) must be a multiple of num_key_value_heads "
-                f"({self.num_kv_heads})"
-            )
-        if self.head_dim % 2:
-            raise UserError(f"model config: head_dim must be even for rotary positions, got {self.head_dim}")
-
-    @staticmethod
-    def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
-        """Reads a config.json of transformers 4 or 5. UserError names the key, what is supported and what was found."""
-        model_type = raw.get("model_type")
-        architectures = raw.get("architectures") or [ARCHITECTURES.get(str(model_type))]
-        if model_type not in ARCHITECTURES or architectures != [ARCHITECTURES[model_type]]:
-            raise UserError(
-                f"{where}: architecture {architectures[0] or 'unnamed'} (model_type {model_type!r}) is not supported; "
-                f"supported: {', '.join(ARCHITECTURES.values())}"
-            )
-
-        def get(key: str, kind: type, default: Any = None) -> Any:
-            value = raw.get(key, default)
-            if value is None:
-                value = default
-            if kind is float and isinstance(value, int) and not isinstance(value, bool):
-                value = float(value)
-            if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-                raise UserError(f"{where}: {key} must be {kind.__name__}, got {value!r}")
-            return value
-
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
-        if rope_type != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-            raise UserError(
-                f"{where}: rope_scaling {rope_type!r} is not supported; only the default rotary positions are"
-            )
-        refused = {
-            "hidden_act": (raw.get("hidden_act", "silu"), "silu"),
-            "mlp_bias": (bool(raw.get("mlp_bias", False)), False),
-            "use_sliding_window": (bool(raw.get("use_sliding_window", False)), False),
-            "layer_types": (sorted(set(raw.get("layer_types") or ["full_attention"])), ["full_attention"]),
-        }
-        if model_type == "llama":  # in Llama files this flag puts a bias on the output projection as well
-            refused["attention_bias"] = (bool(raw.get("attention_bias", False)), False)
-        for key, (got, only) in refused.items():
-            if got != only:
-                raise UserError(f"{where}: {key} = {got!r} is not supported; only {only!r} is")
-        heads = get("num_attention_heads", int)
-        hidden = get("hidden_size", int)
-        eos = raw.get("eos_token_id")
-        return ModelConfig(
-            vocab_size=get("vocab_size", int),
-            hidden_size=hidden,
-            intermediate_size=get("intermediate_size", int),
-            num_layers=get("num_hidden_layers", int),
-            num_heads=heads,
-            num_kv_heads=get("num_key_value_heads", int, heads),
-            head_dim=get("head_dim", int, hidden // max(heads, 1)),
-            max_positions=get("max_position_embeddings", int, 2048),
-            rope_theta=float(rope.get("rope_theta", get("rope_theta", float, 10000.0))),
-            rms_norm_eps=get("rms_norm_eps", float, 1e-6),
-            tie_embeddings=get("tie_word_embeddings", bool, False),
-            attention_bias=model_type == "qwen2",
-            model_type=model_type,
-            bos_id=raw.get("bos_token_id"),
-            eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            pad_id=raw.get("pad_token_id"),
-        )
-
-    def to_hf(self, dtype: torch.dtype) -> dict[str, Any]:
-        """config.json of the model, readable by transformers 4 and 5 and by vLLM."""
-        if self.attention_bias != (self.model_type == "qwen2"):
-            raise ValueError(
-                f"ModelConfig.attention_bias: expected {self.model_type == 'qwen2'} for model_type "
-                f"{self.model_type!r}, got {self.attention_bias}: no Hugging Face architecture stores that"
-            )
-        eos: int | list[int] | None = list(self.eos_ids)
-        if isinstance(eos, list) and len(eos) < 2:
-            eos = eos[0] if eos else None
-        return {
-            "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_layers,
-            "num_attention_heads": self.num_heads,
-            "num_key_value_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "hidden_act": "silu",
-            "max_position_embeddings": self.max_positions,
-            "rms_norm_eps": self.rms_norm_eps,
-            "rope_theta": self.rope_theta,
-            "rope_scaling": None,
-            "tie_word_embeddings": self.tie_embeddings,
-            "attention_dropout": 0.0,
-            "bos_token_id": self.bos_id,
-            "eos_token_id": eos,
-            "pad_token_id": self.pad_id,
-            "torch_dtype": str(dtype).removeprefix("torch."),
-        }
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """Where one tensor of a checkpoint lives: rows start .. start + shape[0] of parameter `param`."""
-
-    name: str  # in model.safetensors
-    shape: tuple[int, ...]  # in model.safetensors
-    param: str  # in Decoder.named_parameters()
-    start: int = 0
-    heads: int = 0  # > 0: rows are this many heads whose halves are interleaved in memory
-
-    def read(self, value: Tensor) -> Tensor:
-        """Checkpoint layout -> memory layout."""
-        return self._reorder(value, 2, self.shape[0] // max(2 * self.heads, 1))
-
-    def write(self, value: Tensor) -> Tensor:
-        """Memory layout -> checkpoint layout (the inverse of `read`)."""
-        return self._reorder(value, self.shape[0] // max(2 * self.heads, 1), 2)
-
-    def _reorder(self, value: Tensor, outer: int, inner: int) -> Tensor:
-        if not self.heads:
-            return value
-        return value.reshape(self.heads, outer, inner, -1).transpose(1, 2).reshape(self.shape)
-
-
-def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
-    """Every tensor of the checkpoint, in the order in which it is written."""
-    c = config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-    yield TensorSpec("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embed")
-    for i in range(c.num_layers):
-        hf, own = f"model.layers.{i}.", f"layers.{i}."
-        yield TensorSpec(hf + "input_layernorm.weight", (c.hidden_size,), own + "attn_norm")
-        blocks = (("q", 0, q, c.num_heads), ("k", q, kv, c.num_kv_heads), ("v", q + kv, kv, 0))
-        for name, start, size, heads in blocks:
-            yield TensorSpec(f"{hf}self_attn.{name}_proj.weight", (size, c.hidden_size), own + "qkv", start, heads)
-        if c.attention_bias:
-            for name, start, size, heads in blocks:
-                yield TensorSpec(f"{hf}self_attn.{name}_proj.bias", (size,), own + "qkv_bias", start, heads)
-        yield TensorSpec(hf + "self_attn.o_proj.weight", (c.hidden_size, q), own + "out")
-        yield TensorSpec(hf + "post_attention_layernorm.weight", (c.hidden_size,), own + "mlp_norm")
-        for j, name in enumerate(("gate", "up")):
-            shape = (c.intermediate_size, c.hidden_size)
-            yield TensorSpec(f"{hf}mlp.{name}_proj.weight", shape, own + "gate_up", j * c.intermediate_size)
-        yield TensorSpec(hf + "mlp.down_proj.weight", (c.hidden_size, c.intermediate_size), own + "down")
-    yield TensorSpec("model.norm.weight", (c.hidden_size,), "norm")
-    if not c.tie_embeddings:
-        yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size), "head")
 
 
 class Layer(nn.Module):
@@ -229,6 +41,8 @@ class Layer(nn.Module):
         self.attn_norm = empty(c.hidden_size)
         self.qkv = empty(q + 2 * kv, c.hidden_size)
         self.qkv_bias = empty(q + 2 * kv) if c.attention_bias else None
+        self.q_norm = empty(c.head_dim) if c.qk_norm else None
+        self.k_norm = empty(c.head_dim) if c.qk_norm else None
         self.out = empty(c.hidden_size, q)
         self.mlp_norm = empty(c.hidden_size)
         self.gate_up = empty(2 * c.intermediate_size, c.hidden_size)
@@ -240,10 +54,21 @@ class Layer(nn.Module):
         h = F.rms_norm(x, (c.hidden_size,), self.attn_norm, c.rms_norm_eps)
         heads = c.num_heads + c.num_kv_heads
         qk, v = F.linear(h, self.qkv, self.qkv_bias).split([heads * c.head_dim, c.num_kv_heads * c.head_dim], -1)
-        pairs = torch.view_as_complex(qk.unflatten(-1, (heads, c.head_dim // 2, 2)).float())
-        qk = torch.view_as_real(pairs * angle).flatten(-2).to(x.dtype)
-        q, k = qk.transpose(1, 2).split([c.num_heads, c.num_kv_heads], 1)
+        q, k = (
+            turn(self.norm_heads(qk.unflatten(-1, (heads, c.head_dim))), angle)
+            .transpose(1, 2)
+            .split([c.num_heads, c.num_kv_heads], 1)
+        )
         return q, k, v.unflatten(-1, (c.num_kv_heads, c.head_dim)).transpose(1, 2)
+
+    def norm_heads(self, qk: Tensor) -> Tensor:
+        """qk [..,H+K,E] -> the same after the norm of each head, where the model has one."""
+        if self.q_norm is None or self.k_norm is None:
+            return qk
+        c = self.config
+        q, k = qk.split([c.num_heads, c.num_kv_heads], -2)
+        norm = lambda x, weight: F.rms_norm(x, (c.head_dim,), weight, c.rms_norm_eps)
+        return torch.cat([norm(q, self.q_norm), norm(k, self.k_norm)], -2)
 
     def step_weights(self) -> StepWeights:
         return StepWeights(
@@ -278,6 +103,13 @@ class Layer(nn.Module):
         group = self.config.num_heads // self.config.num_kv_heads
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=group > 1)
         return self.finish(x, attended), k, v
+
+
+def turn(x: Tensor, angle: Tensor) -> Tensor:
+    """x [..,E] rotated by angle complex64 [..,E/2]: pair j is (x_j, x_{j+E/2})."""
+    first, second = x.float().chunk(2, -1)
+    pairs = torch.complex(first, second) * angle
+    return torch.cat([pairs.real, pairs.imag], -1).to(x.dtype)
 
 
 class StepWeights(NamedTuple):
@@ -409,12 +241,9 @@ class Decoder(nn.Module):
                     f"a sequence of {positions} tokens is longer than the model's {self.config.max_positions} "
                     "positions; shorten the prompts or the responses"
                 )
-            e = self.config.head_dim
+            table = rope_table(self.config, positions, self.device)
             with torch.inference_mode(False):
-                exponent = torch.arange(0, e, 2, device=self.device).float() / e
-                at = torch.arange(positions, device=self.device).float()
-                phase = torch.outer(at, 1.0 / self.config.rope_theta**exponent)
-                self._angles = torch.polar(torch.ones_like(phase), phase)
+                self._angles = torch.complex(*table.chunk(2, -1))
         return self._angles[:positions]
 
     def step_angles(self, positions: int) -> Tensor:
@@ -430,12 +259,7 @@ class Decoder(nn.Module):
             return False, "torch's attention and norms (PYMATHRL_IMPL=ref)"
         if self.dtype != torch.float32 or self.embed.is_cuda:
             return False, f"torch's attention and norms ({self.dtype} on {self.device.type}; ours: fp32 on a CPU)"
-        if not attention_supports(self.config.head_dim):
-            return False, f"torch's attention and norms (ours do not take heads of {self.config.head_dim})"
-        if _C.simd_level() != "v4":
-            # their vectors are 16 floats wide, and gcc splits comparisons of such vectors into single floats on AVX2
-            return False, f"torch's attention and norms (ours need AVX-512; the level here is {_C.simd_level()})"
-        return True, "our attention and norms"
+        return False, "torch's attention and norms (ours turn neighbours, not halves)"
 
     def hidden(self, ids: Tensor) -> Tensor:
         """ids int64 [B,S], right-padded with any valid id -> [B,S,D] after the last norm; differentiable in weights.
@@ -503,7 +327,7 @@ class Decoder(nn.Module):
                 f"Decoder.decode: the cache is full at {cache.capacity} columns; call cache.select with more"
             )
         rows, heads, kv_heads, e = cache.rows, c.num_heads + c.num_kv_heads, c.num_kv_heads, c.head_dim
-        shape, eps, low = (c.hidden_size,), c.rms_norm_eps, self.dtype != torch.float32
+        shape, eps = (c.hidden_size,), c.rms_norm_eps
         bias = None
         if cache.bias is None:
             angle = cache.angles[col]
@@ -515,15 +339,12 @@ class Decoder(nn.Module):
             # with a single query per key/value head the kernel waits for its own sums: 2.0 ms a layer against 0.7 ms
             # of two batched products at 512 rows, 3 heads of 32, 40 columns, one thread
             return self._decode_fused(x, cache)
-        for w, kv in zip(cache.weights, cache.kv, strict=True):
+        layers = cast(Iterator[Layer], iter(self.layers))
+        for layer, w, kv in zip(layers, cache.weights, cache.kv, strict=True):
             qkv = F.linear(F.rms_norm(x, shape, w.attn_norm, eps), w.qkv, w.qkv_bias)
             qkv = qkv.view(rows, heads + kv_heads, e)
             qk = qkv[:, :heads]
-            if low:
-                pairs = torch.view_as_complex(qk.float().view(rows, heads, e // 2, 2))
-                qk.copy_(torch.view_as_real(pairs.mul_(angle)).view(rows, heads, e))
-            else:
-                torch.view_as_complex(qk.unflatten(-1, (e // 2, 2))).mul_(angle)
+            qk.copy_(turn(layer.norm_heads(qk), angle))
             kv.select(3, col).copy_(qkv[:, c.num_heads :].view(rows, 2, kv_heads, e).transpose(0, 1))
             key, value = kv.narrow(3, 0, n).flatten(1, 2).unbind(0)
             q = qk[:, : c.num_heads].reshape(rows * kv_heads, -1, e)

@@ -1,5 +1,6 @@
 """Checkpoints in and out, in the Hugging Face layout: config.json, generation_config.json, model.safetensors (or shards
-with model.safetensors.index.json), tokenizer.json, tokenizer_config.json, chat_template.jinja.
+with model.safetensors.index.json), tokenizer.json, tokenizer_config.json, chat_template.jinja and
+additional_chat_templates/.
 
 What `save` writes loads in transformers as it is. Every fault of a folder is one UserError that names the file.
 """
@@ -14,22 +15,27 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from pymathrl.errors import UserError, nearest
-from pymathrl.models.decoder import Decoder, ModelConfig, TensorSpec, tensor_specs
-from pymathrl.models.tokenizer import Tokenizer
+from pymathrl.models.config import ModelConfig, TensorSpec, tensor_specs, token_ids
+from pymathrl.models.decoder import Decoder
+from pymathrl.models.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer
 
 BUILTIN = {"builtin:tiny": "tiny"}  # model name -> folder of pymathrl/assets
 STYLES = ("compact", "plain", "chat")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARDS = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+SHARD_BYTES = 5_000_000_000  # of tensors in one file, as transformers writes them
+TIED_HEAD = "lm_head.weight"
 STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # dtypes of safetensors that are read
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 # tensors that some writers store although they follow from the config
-DERIVED = re.compile(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq")
+DERIVED = re.compile(r"(model\.)?(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
@@ -82,9 +88,7 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
             f"{folder / 'tokenizer.json'}: {len(tokenizer)} tokens do not fit the model's vocab_size of "
             f"{config.vocab_size}; the tokenizer belongs to another model"
         )
-    eos = (
-        _ids(generation.get("eos_token_id"), folder / "generation_config.json") or config.eos_ids or (tokenizer.eos_id,)
-    )
+    eos = _end_ids(generation, config, folder) or (tokenizer.eos_id,)
     if not all(0 <= i < config.vocab_size for i in eos):
         raise UserError(f"{folder}: eos_token_id must lie in 0..{config.vocab_size - 1}, got {list(eos)}")
     style = tokenizer.config.get("prompt_style", "chat" if tokenizer.has_chat else "plain")
@@ -97,10 +101,11 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     return Policy(model, tokenizer, config, tuple(eos), style, str(path), generation)
 
 
-def save(policy: Policy, folder: str | Path) -> None:
+def save(policy: Policy, folder: str | Path, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the checkpoint into `folder` (made if absent). Not atomic by itself: give it a new folder and rename that.
 
-    The written files follow from the weights and the policy alone: the same policy gives the same bytes.
+    Weights of more than max_shard_bytes go to several files with an index; a tensor is never cut, so a file of one
+    tensor may be larger. The written files follow from the arguments alone: the same policy gives the same bytes.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -110,17 +115,39 @@ def save(policy: Policy, folder: str | Path) -> None:
     generation = {**(policy.generation or {}), "eos_token_id": eos, "pad_token_id": policy.tokenizer.pad_id}
     _write_json(folder / "generation_config.json", generation)
     policy.tokenizer.save(folder, prompt_style=policy.prompt_style)
-    save_file(state_tensors(policy.model), str(folder / WEIGHTS), metadata={"format": "pt"})
+    _save_weights(policy.model, folder, max_shard_bytes)
 
 
-@torch.no_grad()
 def state_tensors(model: Decoder) -> dict[str, Tensor]:
-    """The weights under their checkpoint names and in the checkpoint layout, on the CPU."""
-    params = dict(model.named_parameters())
-    return {
-        spec.name: spec.write(params[spec.param].narrow(0, spec.start, spec.shape[0])).contiguous().cpu()
-        for spec in tensor_specs(model.config)
-    }
+    """The weights under their checkpoint names: views of the parameters, shaped as in the checkpoint."""
+    params = {name: param.detach() for name, param in model.named_parameters()}
+    return {spec.name: spec.view(params) for spec in tensor_specs(model.config)}
+
+
+def _save_weights(model: Decoder, folder: Path, limit: int) -> None:
+    if limit < 1:
+        raise ValueError(f"save: max_shard_bytes must be at least 1, got {limit}")
+    for old in folder.iterdir():  # weights of an earlier save: a single file would win over a new index
+        if old.name in (WEIGHTS, INDEX) or SHARDS.fullmatch(old.name):
+            old.unlink()
+    tensors = state_tensors(model)
+    shards: list[list[str]] = [[]]
+    room = limit
+    for name, tensor in tensors.items():
+        if tensor.nbytes > room and shards[-1]:
+            shards.append([])
+            room = limit
+        shards[-1].append(name)
+        room -= tensor.nbytes
+    files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        files = [WEIGHTS]
+    else:
+        table = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        total = sum(tensor.nbytes for tensor in tensors.values())
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": table})
+    for file, names in zip(files, shards, strict=True):  # one at a time: a GPU's weights cost one shard of host memory
+        save_file({name: tensors[name].cpu() for name in names}, str(folder / file), metadata={"format": "pt"})
 
 
 def _resolve(path: str) -> Path:
@@ -145,38 +172,49 @@ def _resolve(path: str) -> Path:
         )
     try:
         return Path(snapshot_download(path, allow_patterns=HUB_FILES))
-    except (OSError, ValueError) as error:  # what the hub client raises: no network, no such name, not allowed
+    except LocalEntryNotFoundError as error:  # no connection, or HF_HUB_OFFLINE=1, and not in the cache either
+        raise UserError(
+            f"model {path!r}: no such folder, not in the Hugging Face cache, and the hub cannot be reached; give the "
+            f"folder of a copy, or fetch it once while online (hf download {path}; HF_HUB_OFFLINE must not be set)"
+        ) from error
+    except (OSError, ValueError) as error:  # what else the hub client raises: no such name, not allowed, disk full
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"model {path!r}: no such folder, and it could not be fetched from the Hugging Face hub ({reason}); "
-            "give a local folder when offline"
+            "check the name and your access to it, or give the folder of a copy"
         ) from error
 
 
 def _load_tokenizer(folder: Path, config: ModelConfig, generation: dict[str, Any]) -> Tokenizer:
     settings = _read_json(folder / "tokenizer_config.json", required=False)
-    extra = {}
-    for name in ("special_tokens_map.json", "added_tokens.json"):
-        if (folder / name).is_file():
-            extra[name] = _read_text(folder / name)
-    template = folder / "chat_template.jinja"
-    eos = _ids(generation.get("eos_token_id"), folder / "generation_config.json") or config.eos_ids
+    special = _read_json(folder / "special_tokens_map.json", required=False)
+    names = ["special_tokens_map.json", "added_tokens.json", TEMPLATE_FILE]
+    names += [file.relative_to(folder).as_posix() for file in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))]
+    eos = _end_ids(generation, config, folder)
     pad = generation.get("pad_token_id", config.pad_id)
     return Tokenizer(
         _read_text(folder / "tokenizer.json"),
-        settings,
-        template=_read_text(template) if template.is_file() else None,
-        extra_files=extra,
+        {**special, **settings},
+        files={name: _read_text(folder / name) for name in names if (folder / name).is_file()},
         eos_id=eos[0] if eos else None,
-        pad_id=pad if isinstance(pad, int) else None,
+        pad_id=pad if isinstance(pad, int) and 0 <= pad < config.vocab_size else None,
         where=str(folder / "tokenizer.json"),
     )
+
+
+def _end_ids(generation: dict[str, Any], config: ModelConfig, folder: Path) -> tuple[int, ...]:
+    """eos_token_id of generation_config.json, else of config.json; () where neither names one."""
+    try:
+        return token_ids(generation, "eos_token_id") or config.eos_ids
+    except UserError as error:
+        raise UserError(f"{folder / 'generation_config.json'}: {error}") from error
 
 
 def _load_weights(model: Decoder, folder: Path) -> None:
     specs = {spec.name: spec for spec in tensor_specs(model.config)}
     seen: set[str] = set()
-    for file, promised in _weight_files(folder):
+    files = _weight_files(folder)
+    for file, promised in files:
         names = _load_file(model, file, specs)
         missing = sorted(promised - names)
         if missing:
@@ -191,6 +229,19 @@ def _load_weights(model: Decoder, folder: Path) -> None:
         raise UserError(
             f"{folder}: tensor {absent[0]} of shape {expected}{more} expected by config.json, got no such tensor in "
             "the weight files; the weights belong to another config"
+        )
+    if model.config.tie_embeddings and TIED_HEAD in seen:
+        _check_tied_head(model, next(file for file, names in files if not names or TIED_HEAD in names))
+
+
+def _check_tied_head(model: Decoder, file: Path) -> None:
+    """Some writers store the tied head. transformers 4 drops one that differs from the embedding, 5 uses it."""
+    with safe_open(file, framework="pt") as source:
+        head = source.get_tensor(TIED_HEAD)
+    if not torch.equal(head.to(model.device, model.dtype), model.embed):
+        raise UserError(
+            f"{file}: tensor {TIED_HEAD} differs from model.embed_tokens.weight although config.json ties them; set "
+            "tie_word_embeddings to false to use it, or remove the tensor"
         )
 
 
@@ -214,7 +265,7 @@ def _weight_files(folder: Path) -> list[tuple[Path, set[str]]]:
 @torch.no_grad()
 def _load_file(model: Decoder, file: Path, specs: dict[str, TensorSpec]) -> set[str]:
     """Copies every tensor of one safetensors file into the model; returns the names that the file holds."""
-    params = dict(model.named_parameters())
+    params: dict[str, Tensor] = dict(model.named_parameters())
     if not file.is_file():
         raise UserError(f"{file}: listed in {INDEX} but not there; download it again")
     try:
@@ -223,7 +274,7 @@ def _load_file(model: Decoder, file: Path, specs: dict[str, TensorSpec]) -> set[
             for name in source.keys():  # noqa: SIM118  (the handle is no dict)
                 spec = specs.get(name)
                 if spec is None:
-                    if (name == "lm_head.weight" and model.config.tie_embeddings) or DERIVED.fullmatch(name):
+                    if (name == TIED_HEAD and model.config.tie_embeddings) or DERIVED.fullmatch(name):
                         continue
                     raise UserError(
                         f"{file}: tensor {name} is not part of this architecture ({model.config.model_type}); "
@@ -240,23 +291,12 @@ def _load_file(model: Decoder, file: Path, specs: dict[str, TensorSpec]) -> set[
                         f"{file}: tensor {name}: expected dtype {', '.join(STORED)}, got {view.get_dtype()}; "
                         "quantised checkpoints are not read"
                     )
-                value = spec.read(source.get_tensor(name))
-                params[spec.param].narrow(0, spec.start, spec.shape[0]).copy_(value)
+                spec.view(params).copy_(source.get_tensor(name))
     except SafetensorError as error:
         raise UserError(f"{file}: not a complete safetensors file ({error}); copy or download it again") from error
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
     return names
-
-
-def _ids(value: Any, where: Path) -> tuple[int, ...]:
-    """eos_token_id is an int, a list of ints or absent."""
-    if value is None:
-        return ()
-    ids = tuple(value) if isinstance(value, list) else (value,)
-    if not all(isinstance(i, int) for i in ids):
-        raise UserError(f"{where}: eos_token_id must be an integer or a list of integers, got {value!r}")
-    return ids
 
 
 def _read_text(path: Path) -> str:
