@@ -136,10 +136,15 @@ class Tokenizer:
         apart into letters here, and a special one would stay in decoded answers.
         """
         listed = {}
-        for text, index in json.loads(self.files.get("added_tokens.json", "{}")).items():
-            listed[int(index)] = AddedToken(text, normalized=False)
-        for index, entry in (self.config.get("added_tokens_decoder") or {}).items():
-            listed[int(index)] = AddedToken(**entry)
+        try:
+            for text, index in json.loads(self.files.get("added_tokens.json", "{}")).items():
+                listed[int(index)] = AddedToken(text, normalized=False)
+            for index, entry in (self.config.get("added_tokens_decoder") or {}).items():
+                listed[int(index)] = AddedToken(**entry)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.where}: the added tokens of added_tokens.json or tokenizer_config.json cannot be read ({error})"
+            ) from error
         known = self.backend.get_added_tokens_decoder()
         wanted = {}
         for index, token in sorted(listed.items()):
@@ -153,8 +158,9 @@ class Tokenizer:
                     f"{self.where}: added token {token.content!r} must have id {index}, got "
                     f"{self.backend.token_to_id(token.content)}; tokenizer.json and the other files do not match"
                 )
-        named = [_token_text(self.config.get(key)) for key in TOKEN_KEYS]
-        self.backend.add_special_tokens([text for text in named if text and self.backend.token_to_id(text) is not None])
+        named = {text for key in TOKEN_KEYS if (text := _token_text(self.config.get(key)))}
+        named -= {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        self.backend.add_special_tokens([text for text in sorted(named) if self.backend.token_to_id(text) is not None])
 
     def _named_id(self, key: str) -> int | None:
         """Id of a token that tokenizer_config.json names by its text; None when it names none."""

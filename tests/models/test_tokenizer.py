@@ -193,6 +193,9 @@ def test_tokens_that_only_the_config_knows(tmp_path: Path) -> None:
     for wrong in ({str(n + 5): entry("[A]")}, {"3": entry("<think>")}):
         with pytest.raises(UserError, match=r"added token .* must have id \d+, got \d+; tokenizer.json and the other"):
             Tokenizer(CHARACTER.backend_json, {**CHARACTER.config, "added_tokens_decoder": wrong})
+    for files, config in (({"added_tokens.json": "{"}, {}), ({}, {"added_tokens_decoder": {"30": "[A]"}})):
+        with pytest.raises(UserError, match=r"the added tokens of .* cannot be read"):
+            Tokenizer(CHARACTER.backend_json, {**CHARACTER.config, **config}, files=files)
 
 
 def test_named_tokens_are_special() -> None:
