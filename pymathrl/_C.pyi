@@ -54,16 +54,16 @@ def sample_token(
 def philox_uniform(uid: Tensor, step: Tensor, out: Tensor, seed: int, stream_id: int) -> None: ...
 
 def attention(
-    qkv: Tensor, angle: Tensor, pad: Tensor | None, keys: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int,
-    scale: float, stream: int,
+    qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, stream: int
 ) -> None: ...
 def attention_backward(
-    qkv: Tensor, angle: Tensor, pad: Tensor | None, keys: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dqkv: Tensor,
-    heads: int, kv_heads: int, scale: float, stream: int,
+    qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dqkv: Tensor, heads: int, kv_heads: int,
+    stream: int,
 ) -> None: ...
-def decode_attention(
-    qkv: Tensor, angle: Tensor, cache: Tensor, pad: Tensor, out: Tensor, column: int, heads: int, kv_heads: int,
-    scale: float, stream: int,
+def paged_attention(
+    qkv: Tensor, position: Tensor, slot: Tensor, table: Tensor, rope: Tensor, keys: Tensor, values: Tensor,
+    out: Tensor, heads: int, kv_heads: int, scale: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
+    stream: int,
 ) -> None: ...
 
 def rms_norm_blocks(rows: int) -> int: ...

@@ -57,6 +57,7 @@ HD u32x16 splat(uint32_t x) {
 LANE_OPERATOR(f32x16, float, f32x16, +)
 LANE_OPERATOR(f32x16, float, f32x16, -)
 LANE_OPERATOR(f32x16, float, f32x16, *)
+LANE_OPERATOR(f32x16, float, f32x16, /)
 LANE_OPERATOR(f32x16, float, mask16, <)
 LANE_OPERATOR(f32x16, float, mask16, >)
 LANE_OPERATOR(f32x16, float, mask16, >=)

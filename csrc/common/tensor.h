@@ -63,10 +63,9 @@ class Args {
   int device() const { return device_; }
   bool cuda() const { return device_ >= 0; }
 
-  // A dense (contiguous) tensor of T with exactly these sizes, on the op's device.
-  template <class T>
-  T* dense(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
-    check_dtype(name, t, dtype_of<T>::value);
+  // A dense (contiguous) tensor of `dtype` with exactly these sizes, on the op's device.
+  void* dense(const char* name, const Tensor& t, DType dtype, std::initializer_list<int64_t> sizes) const {
+    check_dtype(name, t, dtype);
     check_place(name, t);
     bool same = t.ndim == static_cast<int>(sizes.size());
     int d = 0;
@@ -79,19 +78,34 @@ class Args {
            shape_text(t.size, t.ndim));
     int64_t expected = 1;
     for (d = 0; d < t.ndim; ++d)
-      if (t.size[d] == 0) return static_cast<T*>(t.data);  // no element: any strides are contiguous
+      if (t.size[d] == 0) return t.data;  // no element: any strides are contiguous
     for (d = t.ndim - 1; d >= 0; --d) {
       if (t.size[d] != 1 && t.stride[d] != expected)
         fail(op_, ": ", name, " must be contiguous; call .contiguous() on it");
       expected *= t.size[d];
     }
-    return static_cast<T*>(t.data);
+    return t.data;
+  }
+  template <class T>
+  T* dense(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
+    return static_cast<T*>(dense(name, t, dtype_of<T>::value, sizes));
   }
 
   // The same, or nullptr where the caller gave none.
+  void* optional(const char* name, const Tensor* t, DType dtype, std::initializer_list<int64_t> sizes) const {
+    return t ? dense(name, *t, dtype, sizes) : nullptr;
+  }
   template <class T>
   T* optional(const char* name, const Tensor* t, std::initializer_list<int64_t> sizes) const {
     return t ? dense<T>(name, *t, sizes) : nullptr;
+  }
+
+  // The dtype of activations and weights, taken from one of them: fp32, on a GPU also bf16.
+  DType activation_dtype(const char* name, const Tensor& t) const {
+    if (t.dtype != DType::f32 && !(cuda() && t.dtype == DType::bf16))
+      fail(op_, ": ", name, " must be float32", cuda() ? " or bfloat16" : " on a CPU", ", got ", dtype_name(t.dtype),
+           "; convert it with .to()");
+    return t.dtype;
   }
 
   // A matrix whose rows are contiguous but may be apart: returns the row stride in elements.

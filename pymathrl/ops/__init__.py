@@ -6,12 +6,12 @@ PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
 from pymathrl.ops._call import IMPL, WHY
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.attention import (
-    Attention,
+    PAGE,
     attention,
     attention_ref,
     attention_supports,
-    decode_attention,
-    decode_attention_ref,
+    paged_attention,
+    paged_attention_ref,
 )
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
@@ -27,8 +27,8 @@ from pymathrl.ops.token_logprob import (
 
 __all__ = [
     "IMPL",
+    "PAGE",
     "WHY",
-    "Attention",
     "GroupAdvantage",
     "PolicyLoss",
     "SampleToken",
@@ -39,11 +39,11 @@ __all__ = [
     "attention",
     "attention_ref",
     "attention_supports",
-    "decode_attention",
-    "decode_attention_ref",
     "group_advantage",
     "group_advantage_ref",
     "merge_stats",
+    "paged_attention",
+    "paged_attention_ref",
     "policy_loss",
     "policy_loss_ref",
     "rms_norm",

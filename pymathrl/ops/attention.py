@@ -1,8 +1,8 @@
-"""Causal attention, rotary positions and grouped queries: whole rows (differentiable), and one step with a cache."""
+"""Causal attention with grouped queries: packed sequences (differentiable), and new tokens over a paged cache."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,7 @@ import torch.nn.functional as F
 from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
 
 MAX_HEAD = 256  # largest head size of the kernels (kMaxHead in csrc/attention.h); head sizes are multiples of 8
-
-
-class Attention(NamedTuple):
-    out: torch.Tensor  # [B,S,H*E] fp32, as the output projection reads it; 0 in the padding
-    keys: torch.Tensor  # [B,K,S,E] fp32, rotated, for a cache; constant
+PAGE = 16  # positions of a page of the cache (kPage)
 
 
 def attention_supports(head_dim: int) -> bool:
@@ -22,147 +18,159 @@ def attention_supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD
 
 
-def attention(
-    qkv: torch.Tensor, angle: torch.Tensor, heads: int, kv_heads: int, scale: float, pad: torch.Tensor | None = None
-) -> Attention:
-    """out[b,i,h] = sum_{j<=i} softmax_j(scale * (R_i q_i) . (R_j k_j)) v_j, straight from the projection.
+def attention(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """out[i,h] = sum_{j<=i} softmax_j(q_i . k_j) v_j within each sequence.
 
-    qkv    [B,S,(H+2K)*E] fp32: H query heads, then K key heads, then K value heads; E a multiple of 8, at most 256.
-           Query head h reads key/value head h // (H/K)
-    angle  [S,E/2] complex64: exp(i * angle) of each position; R turns the pair (2c, 2c+1) of a head by angle c
-    pad    int64 [B] in [0,S): columns of left padding. Column c is position c - pad; padding is not seen, its results
-           are 0. None: none. Padding on the right needs nothing: no query before it sees it
+    qkv      [T,(H+2K)*E] fp32, on a GPU also bf16: H query heads, already scaled, then K key heads, then K value heads;
+             E a multiple of 8, at most 256. Query head h reads key/value head h // (H/K)
+    offsets  int64 [B+1], from 0, not falling: sequence b is tokens offsets[b]..offsets[b+1]-1, and may be empty.
+             Tokens from offsets[B] on are padding: their results and gradients are 0
 
-    Differentiable in qkv through out. Values are the same for every thread count, and on the CPU bit for bit those of
-    decode_attention over the same keys. Raises ValueError for a wrong shape, dtype or head size.
+    Returns [T,H*E] in the dtype of qkv; differentiable in qkv. Values are the same for every thread count, and on the
+    CPU bit for bit those of paged_attention over the same heads.
+    Raises ValueError for a wrong shape, dtype or head size, and on the CPU for offsets that are none.
     """
-    _check(qkv, 3, heads, kv_heads)
+    _check("attention", qkv, heads, kv_heads)
     if use_reference():
-        return attention_ref(qkv, angle, heads, kv_heads, scale, pad)
-    out, keys, _ = _Attention.apply(qkv, angle, pad, heads, kv_heads, scale)
-    return Attention(out, keys)
+        return attention_ref(qkv, offsets, heads, kv_heads)
+    return _Attention.apply(qkv, offsets, heads, kv_heads)
 
 
-def decode_attention(
+def paged_attention(
     qkv: torch.Tensor,
-    angle: torch.Tensor,
-    cache: torch.Tensor,
-    pad: torch.Tensor,
-    column: int,
+    position: torch.Tensor,
+    slot: torch.Tensor,
+    table: torch.Tensor,
+    rope: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
     heads: int,
     kv_heads: int,
     scale: float,
-) -> torch.Tensor:
-    """One token per row: turns its q and k, writes k and v into the cache at `column`, attends over pad..column.
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Norm, rotation and write of new tokens, then out[r,h] = sum_j softmax_j(q_r . k_j) v_j over their sequences.
 
-    qkv [B,(H+2K)*E] fp32; angle [>= column+1, E/2] complex64; cache [2,B,K,C,E] fp32, keys and values, written;
-    pad int64 [B] in [0,column] as in `attention`. Returns [B,H*E]. Not differentiable.
-    Raises ValueError for a wrong shape, dtype, head size, or a column outside the cache.
+    qkv       [R,(H+2K)*E] fp32, on a GPU also bf16: the projection of one new token per row
+    position  int64 [R] of the token in its sequence: it sees positions 0..position
+    slot      int64 [R]: the row of `table` that is its sequence; -1: padding, its out is 0 and nothing is written.
+              Tokens of one sequence are consecutive rows of rising positions; no two sequences write the same page
+    table     int32 [S,C]: positions 16c..16c+15 of slot s are in page table[s,c]; pages may be shared
+    rope      fp32 [P,E]: cosines of the E/2 angles of a position, then their sines; E as in `attention`
+    keys      [pages,K,E,16], values [pages,K,16,E] in the dtype of qkv: the cache, written at the new positions
+    out       [R,H*E] in the dtype of qkv, written
+    scale     factor of q after norm and rotation
+    q_norm, k_norm  fp32 [E] weights of an RMSNorm of each head before the rotation, with `eps`; None: no norm
+
+    Not differentiable. A row's result depends on its sequence alone: not on how its tokens are cut into calls, on other
+    rows, on the pages used, or on threads. On the CPU it is bit for bit what `attention` gives on prepared heads.
+    Raises ValueError for a wrong shape, dtype or head size, and on the CPU for slots, positions or pages out of range.
     """
-    _check(qkv, 2, heads, kv_heads)
+    _check("paged_attention", qkv, heads, kv_heads)
     if use_reference():
-        return decode_attention_ref(qkv, angle, cache, pad, column, heads, kv_heads, scale)
-    if cache.ndim != 5 or not cache.is_contiguous():  # it is written in place, so a copy of it would be lost
-        raise ValueError(
-            f"attention: cache must be a contiguous [2,B,K,C,E], got {list(cache.shape)}, strides {cache.stride()}"
-        )
-    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
-    _C.decode_attention(
-        view(qkv), view(torch.view_as_real(angle)), view(cache.flatten(0, 1)), view(pad), view(out),
-        column, heads, kv_heads, scale, stream(qkv),
+        paged_attention_ref(
+            qkv, position, slot, table, rope, keys, values, out,
+            heads=heads, kv_heads=kv_heads, scale=scale, q_norm=q_norm, k_norm=k_norm, eps=eps,
+        )  # fmt: skip
+        return
+    _C.paged_attention(
+        view(qkv), view(position), view(slot), view(table), view(rope), view(keys), view(values), view(out),
+        heads, kv_heads, scale, optional_view(q_norm), optional_view(k_norm), eps, stream(qkv),
     )  # fmt: skip
-    return out
 
 
-def _check(qkv: torch.Tensor, dims: int, heads: int, kv_heads: int) -> None:
+def _check(op: str, qkv: torch.Tensor, heads: int, kv_heads: int) -> None:
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"attention: heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
-    if qkv.ndim != dims or qkv.shape[-1] % (heads + 2 * kv_heads):
+        raise ValueError(f"{op}: heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    if qkv.ndim != 2 or qkv.shape[-1] % (heads + 2 * kv_heads):
         raise ValueError(
-            f"attention: qkv must have {dims} dimensions, the last (H+2K)*E = {heads + 2 * kv_heads}*E, "
-            f"got {list(qkv.shape)}"
+            f"{op}: qkv must have 2 dimensions, the last (H+2K)*E = {heads + 2 * kv_heads}*E, got {list(qkv.shape)}"
         )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, qkv: torch.Tensor, angle: torch.Tensor, pad: torch.Tensor | None, heads: int, kv_heads: int,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-        rows, columns, width = qkv.shape
+    def forward(ctx: Any, qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
         qkv = qkv.contiguous()
-        head_dim = width // (heads + 2 * kv_heads)
-        out = qkv.new_empty(rows, columns, heads * head_dim)
-        keys = qkv.new_empty(rows, kv_heads, columns, head_dim)
-        lse = qkv.new_empty(rows, heads, columns)
-        angle = torch.view_as_real(angle)
-        _C.attention(
-            view(qkv), view(angle), optional_view(pad), view(keys), view(out), view(lse),
-            heads, kv_heads, scale, stream(qkv),
-        )  # fmt: skip
-        ctx.mark_non_differentiable(keys, lse)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(qkv, angle, pad, keys, out, lse)
-        ctx.shape = heads, kv_heads, scale
-        return out, keys, lse
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
+        lse = qkv.new_empty(qkv.shape[0], heads, dtype=torch.float32)
+        _C.attention(view(qkv), view(offsets), view(out), view(lse), heads, kv_heads, stream(qkv))
+        ctx.save_for_backward(qkv, offsets, out, lse)
+        ctx.shape = heads, kv_heads
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, dout: Any, *constants: Any) -> tuple[torch.Tensor | None, ...]:
-        if dout is None:
-            return (None,) * 6
-        qkv, angle, pad, keys, out, lse = ctx.saved_tensors
-        heads, kv_heads, scale = ctx.shape
-        dqkv = torch.empty_like(qkv)
+    def backward(ctx: Any, dout: Any) -> tuple[torch.Tensor | None, ...]:
+        qkv, offsets, out, lse = ctx.saved_tensors
         dout = dout.contiguous()
+        dqkv = torch.empty_like(qkv)
         _C.attention_backward(
-            view(qkv), view(angle), optional_view(pad), view(keys), view(out), view(lse), view(dout), view(dqkv),
-            heads, kv_heads, scale, stream(qkv),
-        )  # fmt: skip
-        return dqkv, None, None, None, None, None
+            view(qkv), view(offsets), view(out), view(lse), view(dout), view(dqkv), *ctx.shape, stream(qkv)
+        )
+        return dqkv, None, None, None
 
 
-def rotate_ref(x: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
-    """x [..., E] with the pairs (2c, 2c+1) turned by angle [..., E/2]."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
-    return torch.view_as_real(pairs * angle.to(pairs.dtype)).flatten(-2)
-
-
-def attention_ref(
-    qkv: torch.Tensor, angle: torch.Tensor, heads: int, kv_heads: int, scale: float, pad: torch.Tensor | None = None
-) -> Attention:
+def attention_ref(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
     """The same in plain torch, in the precision of qkv (fp32 or float64); autograd gives the gradient."""
-    columns = qkv.shape[1]
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2).split([heads, kv_heads, kv_heads], 1)
-    column = torch.arange(columns, device=qkv.device)
-    first = torch.zeros_like(qkv[:, 0, 0], dtype=torch.int64) if pad is None else pad
-    real = column >= first[:, None]  # [B,S]
-    turn = angle[(column - first[:, None]).clamp(min=0)][:, None]
-    q, k = rotate_ref(q, turn), rotate_ref(k, turn) * real[:, None, :, None]
-    # padding columns see themselves: a softmax without any key would be nan
-    seen = (column <= column[:, None]) & real[:, None] | torch.eye(columns, dtype=torch.bool, device=qkv.device)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], scale=scale, enable_gqa=True)
-    out = torch.where(real[:, None, :, None], out, 0.0)
-    return Attention(out.transpose(1, 2).flatten(-2), k.detach())
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    bounds = offsets.tolist()
+    out = [qkv.new_zeros(heads, 0, q.shape[-1])]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        if first < last:
+            out.append(
+                F.scaled_dot_product_attention(
+                    q[None, :, first:last], k[None, :, first:last], v[None, :, first:last],
+                    is_causal=True, scale=1.0, enable_gqa=True,
+                )[0]
+            )  # fmt: skip
+    return F.pad(torch.cat(out, 1).transpose(0, 1).flatten(1), (0, 0, 0, qkv.shape[0] - bounds[-1]))
 
 
-def decode_attention_ref(
+def prepare_head_ref(
+    x: torch.Tensor, rope: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor:
+    """Heads x [...,E], normalised where `norm` [E] is given, their pairs (j, j+E/2) turned by rope [...,E]."""
+    if norm is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
+    (low, high), (cosine, sine) = x.chunk(2, -1), rope.chunk(2, -1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
+
+
+def paged_attention_ref(
     qkv: torch.Tensor,
-    angle: torch.Tensor,
-    cache: torch.Tensor,
-    pad: torch.Tensor,
-    column: int,
+    position: torch.Tensor,
+    slot: torch.Tensor,
+    table: torch.Tensor,
+    rope: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
     heads: int,
     kv_heads: int,
     scale: float,
-) -> torch.Tensor:
-    """The same in plain torch, in the precision of qkv and cache."""
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """The same in plain torch, one row after the other, in the precision of qkv and the cache."""
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
-    turn = angle[column - pad][:, None]
-    cache[0, :, :, column], cache[1, :, :, column] = rotate_ref(k, turn), v
-    keys, values = cache[:, :, :, : column + 1].unbind(0)
-    seen = torch.arange(column + 1, device=qkv.device) >= pad[:, None]
-    q = rotate_ref(q, turn)[:, :, None]
-    out = F.scaled_dot_product_attention(q, keys, values, attn_mask=seen[:, None, None], scale=scale, enable_gqa=True)
-    return out.flatten(1)
+    turn = rope[position.clamp(min=0), None]
+    q, k = prepare_head_ref(q, turn, q_norm, eps), prepare_head_ref(k, turn, k_norm, eps)
+    for row, (at, sequence) in enumerate(zip(position.tolist(), slot.tolist(), strict=True)):
+        if sequence < 0:
+            out[row] = 0
+            continue
+        page, column = int(table[sequence, at // PAGE]), at % PAGE
+        keys[page, :, :, column], values[page, :, column] = k[row], v[row]
+        pages = table[sequence, : at // PAGE + 1].long()
+        seen_keys = keys[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, : at + 1]  # [K,n,E]
+        seen_values = values[pages].transpose(0, 1).flatten(1, 2)[:, : at + 1]
+        out[row] = F.scaled_dot_product_attention(
+            q[row, None, :, None], seen_keys[None], seen_values[None], scale=scale, enable_gqa=True
+        ).flatten()
