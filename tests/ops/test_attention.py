@@ -136,7 +136,7 @@ def cache_of(lengths: tuple[int, ...], heads: int, kv_heads: int, head_dim: int,
     pages = len(lengths) * columns + 3
     table = torch.randperm(pages, generator=generator)[: len(lengths) * columns].view(len(lengths), columns)
     phase = torch.outer(torch.arange(columns * PAGE), 100.0 ** (-torch.arange(0, head_dim, 2) / head_dim))
-    options = {"heads": heads, "kv_heads": kv_heads, "scale": 0.5}
+    options = {"heads": heads, "kv_heads": kv_heads, "scale": 2.0 ** round(math.log2(2 * head_dim**-0.5))}
     if norm:
         options |= {n: 1 + 0.3 * torch.randn(head_dim, generator=generator) for n in ("q_norm", "k_norm")}
     return Cache(
@@ -333,5 +333,5 @@ def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match=r"page 99 of position 16 is not in \[0, 6\)"):
         cache.step([(0, 16)])
     with pytest.raises(ValueError, match="keys must have shape"):
-        cache.keys = cache.values
+        cache.keys = cache.keys[:, :, :8]
         cache.step([(0, 0)])
