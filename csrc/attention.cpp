@@ -1,384 +1,519 @@
 #include "attention.h"
 
 #include "common/parallel.h"
-#include "common/vector16.h"
+#include "common/simd.h"
 
 namespace pymathrl {
+inline namespace PYMATHRL_LEVEL {
 namespace {
 
-// Training: sixteen queries of one key/value head are the lanes, ordered by position and then by head, so that a group's
-// heads share each key and a block of lanes ends close to its diagonal. Decode has one query per head: there keys are
-// the lanes. Both give a query the same operations in the same order, hence the same bits.
+// Where there are many queries, sixteen of one key/value head are the lanes, ordered by position and then by head, so
+// that a group's heads share each key and a block of lanes ends close to its diagonal. For single queries the keys of a
+// page are the lanes. Both give a query the same operations in the same order, hence the same bits.
 constexpr int kQueries = kLanes;
-static_assert(kKeyBlock == kLanes);
+static_assert(kPage == kLanes);
 
-constexpr int64_t kGrainFlops = 100000;  // about 20 us
+constexpr int64_t kHeadPart = 64;        // elements of a head that add up in one chain
+constexpr int64_t kGrainFlops = 100000;  // about 10 us
+constexpr int64_t kPiece = 64;           // positions of a sequence that one task of a forward takes
+constexpr int64_t kLaneQueries = 8;      // a run with fewer queries per key/value head goes one by one
 
-HD constexpr int64_t padded(int64_t head_dim) { return (head_dim + kLanes - 1) / kLanes * kLanes; }
-
-// Rows of E floats, E a multiple of 8: the last vector may be half full.
+// Rows of E floats, E a multiple of 8: the last sixteen may be eight.
 HD f32x16 load_row(const float* x, int64_t e, int64_t head_dim) {
-  if (e + kLanes <= head_dim) return load16(x + e);
-  f32x16 half = {};
-  memcpy(&half, x + e, kLanes / 2 * sizeof(float));
-  return half;
+  return e + kLanes <= head_dim ? load16(x + e) : load_part(x + e, kLanes / 2, 0.0f);
 }
 HD void store_row(float* x, int64_t e, int64_t head_dim, f32x16 value) {
-  memcpy(x + e, &value, (e + kLanes <= head_dim ? kLanes : kLanes / 2) * sizeof(float));
+  if (e + kLanes <= head_dim)
+    store16(x + e, value);
+  else
+    store_part(x + e, kLanes / 2, value);
 }
 
-HD f32x16 larger(f32x16 a, f32x16 b) { return a > b ? a : b; }
+HD f32x16 larger(f32x16 a, f32x16 b) { return pick(a > b, a, b); }
 
 HD float largest(f32x16 x) {
-  const i32x16 by8 = {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7};
-  const i32x16 by4 = {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11};
-  const i32x16 by2 = {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13};
-  x = larger(x, __builtin_shuffle(x, by8));
-  x = larger(x, __builtin_shuffle(x, by4));
-  x = larger(x, __builtin_shuffle(x, by2));
-  return x[0] > x[1] ? x[0] : x[1];
+  native_f32 top = x.part[0];
+  for (int i = 1; i < kParts; ++i) top = x.part[i] > top ? x.part[i] : top;
+#pragma GCC unroll 4
+  for (int step = kNative / 2; step > 0; step /= 2) {
+    native_i32 other;
+    for (int lane = 0; lane < kNative; ++lane) other[lane] = lane ^ step;
+    native_f32 swapped = __builtin_shuffle(top, other);
+    top = swapped > top ? swapped : top;
+  }
+  return top[0];
 }
 
-template <int kStep> HD void swap_blocks(f32x16& a, f32x16& b) {
-  i32x16 low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane & kStep ? kLanes + lane - kStep : lane;
-    high[lane] = lane & kStep ? kLanes + lane : lane + kStep;
+template <int kStep> HD void swap_blocks(native_f32& a, native_f32& b) {
+  native_i32 low, high;
+  for (int lane = 0; lane < kNative; ++lane) {
+    low[lane] = lane & kStep ? kNative + lane - kStep : lane;
+    high[lane] = lane & kStep ? kNative + lane : lane + kStep;
   }
-  f32x16 first = __builtin_shuffle(a, b, low);
+  native_f32 first = __builtin_shuffle(a, b, low);
   b = __builtin_shuffle(a, b, high);
   a = first;
 }
-template <int kStep> HD void transpose_step(f32x16* x) {
+template <int kStep> HD void transpose_steps(native_f32* x) {
 #pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
+  for (int i = 0; i < kNative; ++i)
     if (!(i & kStep)) swap_blocks<kStep>(x[i], x[i + kStep]);
-}
-// Not inlined: on processors without the two-source shuffles each copy is thousands of instructions.
-SIMD_CLONES __attribute__((noinline)) void transpose(f32x16* x) {
-  transpose_step<8>(x);
-  transpose_step<4>(x);
-  transpose_step<2>(x);
-  transpose_step<1>(x);
+  if constexpr (kStep > 1) transpose_steps<kStep / 2>(x);
 }
 
-// rotate_element on sixteen elements, times `scale`.
-HD f32x16 rotate(f32x16 x, f32x16 angle, float direction, float scale) {
-  const i32x16 even = {0, 0, 2, 2, 4, 4, 6, 6, 8, 8, 10, 10, 12, 12, 14, 14};
-  const i32x16 odd = {1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15};
-  const i32x16 swapped = {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14};
-  const f32x16 sign = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
-  f32x16 cosine = __builtin_shuffle(angle, even), sine = __builtin_shuffle(angle, odd) * (sign * direction);
-  return (x * cosine + __builtin_shuffle(x, swapped) * sine) * scale;
-}
-SIMD_CLONES __attribute__((noinline)) void rotate_row(const float* x, const float* angle, int64_t head_dim, float direction, float scale, float* out) {
-  for (int64_t e = 0; e < head_dim; e += kLanes)
-    store_row(out, e, head_dim, rotate(load_row(x, e, head_dim), load_row(angle, e, head_dim), direction, scale));
+// x[i] lane j <-> x[j] lane i, in squares of a register's width. Not inlined: a copy is hundreds of instructions.
+__attribute__((noinline)) void transpose(f32x16* x) {
+  for (int i = 0; i < kParts; ++i)
+    for (int j = 0; j <= i; ++j) {
+      native_f32 a[kNative], b[kNative];
+#pragma GCC unroll 16
+      for (int r = 0; r < kNative; ++r) a[r] = x[i * kNative + r].part[j], b[r] = x[j * kNative + r].part[i];
+      transpose_steps<kNative / 2>(a);
+      if (i != j) {
+        transpose_steps<kNative / 2>(b);
+#pragma GCC unroll 16
+        for (int r = 0; r < kNative; ++r) x[i * kNative + r].part[j] = b[r];
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kNative; ++r) x[j * kNative + r].part[i] = a[r];
+    }
 }
 
-// acc[r] += sum_i weight[r][i] x[i][e..e+15] over i < count, in order, for kRows rows of an accumulator at once.
+// Sixteen rows of E elements -> lanes [E'][16], E' = E rounded up to sixteen.
+HD void rows_to_lanes(const float* const* row, int64_t head_dim, f32x16* lanes) {
+  for (int64_t e = 0; e < head_dim; e += kLanes) {
+    for (int i = 0; i < kLanes; ++i) lanes[e + i] = load_row(row[i], e, head_dim);
+    transpose(lanes + e);
+  }
+}
+// The way back, for the first `count` rows. lanes is overwritten.
+HD void lanes_to_rows(f32x16* lanes, int64_t head_dim, int count, float* const* row) {
+  for (int64_t e = 0; e < head_dim; e += kLanes) {
+    transpose(lanes + e);
+    for (int i = 0; i < count; ++i) store_row(row[i], e, head_dim, lanes[e + i]);
+  }
+}
+
+// Element e of key j is at data[j * key + e * element]: rows of the projection, or a page with its keys across lanes.
+struct Keys {
+  const float* data;
+  int64_t key, element;
+};
+
+// A score is a sum over the elements of a head, in order, kHeadPart at a time (256 at once: 2.5 times torch's error):
+// part(begin, end, sum) adds elements begin..end-1 to kCount sums that start at 0.
+template <int kCount, class Part> HD void sum_elements(int64_t head_dim, f32x16* score, Part part) {
+  for (int u = 0; u < kCount; ++u) score[u] = splat(0.0f);
+  for (int64_t begin = 0; begin < head_dim; begin += kHeadPart) {
+    f32x16 sum[kCount];
+    for (int u = 0; u < kCount; ++u) sum[u] = splat(0.0f);
+    part(begin, begin + kHeadPart < head_dim ? begin + kHeadPart : head_dim, sum);
+    for (int u = 0; u < kCount; ++u) score[u] += sum[u];
+  }
+}
+
+// score[j] (lanes = queries) = x . key_j for kCount keys.
+template <int kCount> HD void dot_some(const f32x16* x, Keys keys, int64_t head_dim, f32x16* score) {
+  sum_elements<kCount>(head_dim, score, [=](int64_t begin, int64_t end, f32x16* sum) __attribute__((always_inline)) {
+    for (int64_t e = begin; e < end; ++e)
+      for (int u = 0; u < kCount; ++u) sum[u] += x[e] * keys.data[u * keys.key + e * keys.element];
+  });
+}
+HD void dot_keys(const f32x16* x, Keys keys, int64_t count, int64_t head_dim, f32x16* score) {
+  for (; count >= 4; count -= 4, score += 4, keys.data += 4 * keys.key) dot_some<4>(x, keys, head_dim, score);
+  if (count & 2) dot_some<2>(x, keys, head_dim, score), score += 2, keys.data += 2 * keys.key;
+  if (count & 1) dot_some<1>(x, keys, head_dim, score);
+}
+
+// acc[e] (lanes = queries) = acc[e] * factor + sum_j weight[j] row_j[e], over j in order. Four at a time fill AVX2's
+// registers: eight sums, a weight, a product.
+HD void mix_rows(f32x16* acc, f32x16 factor, const f32x16* weight, Keys rows, int64_t count, int64_t head_dim) {
+  for (int64_t e = 0; e < head_dim; e += 4) {
+    f32x16 sum[4];
+    for (int u = 0; u < 4; ++u) sum[u] = acc[e + u] * factor;
+    for (int64_t j = 0; j < count; ++j)
+      for (int u = 0; u < 4; ++u) sum[u] += weight[j] * rows.data[j * rows.key + (e + u) * rows.element];
+    for (int u = 0; u < 4; ++u) acc[e + u] = sum[u];
+  }
+}
+
+// acc[r] = acc[r] * factor[r] + sum_i weight[r][i] x_i over i < count, in order, for kRows rows of E elements.
 template <int kRows>
-HD void add_products(float* acc, int64_t acc_stride, const float (*weight)[kLanes], const float* x, int64_t x_stride,
-                     int64_t count, int64_t head_dim) {
+HD void add_products(float* acc, int64_t acc_stride, const float* factor, const float (*weight)[kLanes], const float* x,
+                     int64_t x_stride, int64_t count, int64_t head_dim) {
   for (int64_t e = 0; e < head_dim; e += kLanes) {
     f32x16 sum[kRows];
-    for (int r = 0; r < kRows; ++r) sum[r] = load_row(acc + r * acc_stride, e, head_dim);
+    for (int r = 0; r < kRows; ++r) sum[r] = load_row(acc + r * acc_stride, e, head_dim) * factor[r];
     for (int64_t i = 0; i < count; ++i) {
       f32x16 value = load_row(x + i * x_stride, e, head_dim);
-      for (int r = 0; r < kRows; ++r) sum[r] += weight[r][i] * value;
+      for (int r = 0; r < kRows; ++r) sum[r] += value * weight[r][i];
     }
     for (int r = 0; r < kRows; ++r) store_row(acc + r * acc_stride, e, head_dim, sum[r]);
   }
 }
 
-// score[j] (lanes = queries) = sum_e x[e] * row_j[e], over e in order, for `count` rows `stride` apart.
-template <int kE>
-HD void dot_rows(const f32x16* x, const float* row, int64_t stride, int64_t count, int64_t head_dim, f32x16* score) {
-  const int64_t n = kE ? kE : head_dim;
-  int64_t j = 0;
-  for (; j + 4 <= count; j += 4) {
-    const float *a = row + j * stride, *b = a + stride, *c = b + stride, *d = c + stride;
-    f32x16 s0 = {}, s1 = {}, s2 = {}, s3 = {};
-    for (int64_t e = 0; e < n; ++e) {
-      s0 += x[e] * a[e];
-      s1 += x[e] * b[e];
-      s2 += x[e] * c[e];
-      s3 += x[e] * d[e];
-    }
-    score[j] = s0, score[j + 1] = s1, score[j + 2] = s2, score[j + 3] = s3;
-  }
-  for (; j < count; ++j) {
-    f32x16 s = {};
-    for (int64_t e = 0; e < n; ++e) s += x[e] * row[j * stride + e];
-    score[j] = s;
-  }
-}
-
-// acc[e] (lanes = queries) = acc[e] * factor + sum_j weight[j] row_j[e], over j in order.
-template <int kE>
-HD void mix_rows(f32x16* acc, f32x16 factor, const f32x16* weight, const float* row, int64_t stride, int64_t count,
-                 int64_t head_dim) {
-  const int64_t n = kE ? kE : head_dim;
-  for (int64_t e = 0; e < n; e += 8) {
-    f32x16 sum[8];
-    for (int u = 0; u < 8; ++u) sum[u] = acc[e + u] * factor;
-    for (int64_t j = 0; j < count; ++j)
-      for (int u = 0; u < 8; ++u) sum[u] += weight[j] * row[j * stride + e + u];
-    for (int u = 0; u < 8; ++u) acc[e + u] = sum[u];
-  }
-}
-
-// Sixteen queries of a key/value head: query n is position n / G, head first_head + n % G.
+// Sixteen queries of a key/value head from query `begin` on: query n is position n / G, head first_head + n % G.
 struct Lanes {
   int64_t head[kQueries], at[kQueries];
-  i32x16 position;
-  int count;      // queries in use
+  f32x16 position;
+  int count;      // queries in use; the other lanes repeat the last
   int64_t keys;   // positions that the last of them sees
 
   HD Lanes(int64_t begin, int64_t end, int64_t first_head, int64_t group) {
     count = static_cast<int>(end - begin < kQueries ? end - begin : kQueries);
+    float where[kQueries];
+    int64_t p = begin / group, g = begin % group;
     for (int lane = 0; lane < kQueries; ++lane) {
-      int64_t n = begin + (lane < count ? lane : count - 1);
-      head[lane] = first_head + n % group;
-      at[lane] = n / group;
-      position[lane] = static_cast<int32_t>(at[lane]);
+      head[lane] = first_head + g;
+      at[lane] = p;
+      where[lane] = static_cast<float>(p);
+      if (lane + 1 < count && ++g == group) g = 0, ++p;
     }
-    keys = at[count - 1] + 1;
+    position = load16(where);
+    keys = p + 1;
   }
 };
 
-// Rows [16][E'] (E' = padded E) -> lanes [E'][16]; unused rows repeat the last one.
-HD void rows_to_lanes(const float* rows, int64_t stride, f32x16* lanes) {
-  for (int64_t e = 0; e < stride; e += kLanes) {
-    for (int i = 0; i < kQueries; ++i) lanes[e + i] = load16(rows + i * stride + e);
-    transpose(lanes + e);
-  }
-}
-
-HD void load_queries(const AttentionRow& row, const Lanes& lanes, float* q) {
-  const int64_t head_dim = row.p.head_dim, stride = padded(head_dim);
-  if (stride > head_dim) memset(q, 0, kQueries * stride * sizeof(float));
-  for (int i = 0; i < kQueries; ++i)
-    rotate_row(row.p.qkv + row.q(lanes.head[i], lanes.at[i]), row.angle(lanes.at[i]), head_dim, 1.0f, row.p.scale,
-               q + i * stride);
-}
-
-HD void hide_future(const Lanes& lanes, int64_t first_key, int64_t count, f32x16* score, float value) {
+HD void hide_future(const Lanes& lanes, int64_t first_key, int64_t count, f32x16* score) {
   if (first_key + count - 1 <= lanes.at[0]) return;
   for (int64_t j = 0; j < count; ++j)
-    score[j] = lanes.position >= static_cast<int32_t>(first_key + j) ? score[j] : splat(value);
+    score[j] = pick(lanes.position >= static_cast<float>(first_key + j), score[j], -kInf);
 }
 
-template <int kE> HD void forward_queries(const AttentionRow& row, int64_t kv_head, const Lanes& lanes) {
-  const AttentionParams& p = row.p;
-  const int64_t head_dim = kE ? kE : p.head_dim, stride = padded(head_dim);
-  alignas(64) float q[kQueries * (kE ? padded(kE) : kMaxHead)];
-  f32x16 lane_q[kE ? padded(kE) : kMaxHead], sum[kE ? padded(kE) : kMaxHead];
-  load_queries(row, lanes, q);
-  rows_to_lanes(q, stride, lane_q);
-  for (int64_t e = 0; e < stride; ++e) sum[e] = f32x16{};
-  f32x16 max = splat(-kInf), total = {};
-  const int64_t v_stride = row.width;
-  for (int64_t first = 0; first < lanes.keys; first += kKeyBlock) {
-    const int64_t count = lanes.keys - first < kKeyBlock ? lanes.keys - first : kKeyBlock;
-    f32x16 score[kKeyBlock];
-    dot_rows<kE>(lane_q, p.keys + row.key(kv_head, first), head_dim, count, head_dim, score);
-    hide_future(lanes, first, count, score, -kInf);
-    f32x16 before = max;
-    for (int64_t j = 0; j < count; ++j) max = larger(score[j], max);
-    f32x16 factor = exp_lanes(before - max);
-    total *= factor;
+HD int64_t block_end(int64_t first, int64_t keys) { return keys - first < kPage ? keys - first : kPage; }
+
+// A packed sequence; position i is its token first + i.
+struct Sequence {
+  const AttentionParams& p;
+  int64_t first, count, width;
+
+  HD Sequence(const AttentionParams& params, int64_t b)
+      : p(params), first(params.offsets[b]), count(params.offsets[b + 1] - first),
+        width((params.heads + 2 * params.kv_heads) * params.head_dim) {}
+  HD int64_t q(int64_t h, int64_t i) const { return (first + i) * width + h * p.head_dim; }
+  HD int64_t k(int64_t c, int64_t i) const { return q(p.heads + c, i); }
+  HD int64_t v(int64_t c, int64_t i) const { return q(p.heads + p.kv_heads + c, i); }
+  HD int64_t row(int64_t h, int64_t i) const { return (first + i) * p.heads + h; }
+  HD const float* qkv(int64_t at) const { return static_cast<const float*>(p.qkv) + at; }
+  HD float* dqkv(int64_t at) const { return static_cast<float*>(p.dqkv) + at; }
+  HD const float* dout(int64_t h, int64_t i) const { return static_cast<const float*>(p.dout) + row(h, i) * p.head_dim; }
+
+  HD const float* query(int64_t h, int64_t i, float*) const { return qkv(q(h, i)); }
+  HD Keys keys(int64_t c, int64_t j) const { return {qkv(k(c, j)), width, 1}; }
+  HD Keys values(int64_t c, int64_t j) const { return {qkv(v(c, j)), width, 1}; }
+  HD float* out(int64_t h, int64_t i) const { return static_cast<float*>(p.out) + row(h, i) * p.head_dim; }
+  HD void lse(int64_t h, int64_t i, float max, float total) const { p.lse[row(h, i)] = max + logf(total); }
+};
+
+// Consecutive new tokens of one sequence in the paged cache; position i is row `row0` + i.
+struct Run {
+  const PagedAttentionParams& p;
+  int64_t row0, begin, end, width;  // positions begin..end-1
+  const int32_t* table;
+
+  HD Run(const PagedAttentionParams& params, int64_t first_row)
+      : p(params), begin(params.position[first_row]), width((params.heads + 2 * params.kv_heads) * params.head_dim),
+        table(params.table + params.slot[first_row] * params.columns) {
+    row0 = first_row - begin;
+    int64_t next = first_row + 1;
+    while (next < p.rows && continues_run(p, next)) ++next;
+    end = next - row0;
+  }
+  HD const float* qkv(int64_t head, int64_t i) const {
+    return static_cast<const float*>(p.qkv) + (row0 + i) * width + head * p.head_dim;
+  }
+  HD int64_t page(int64_t c, int64_t i) const {
+    const int64_t at = table[i / kPage];
+    if (at < 0 || at >= p.pages) fail("paged_attention: page ", at, " of position ", i, " is not in [0, ", p.pages, ")");
+    return (at * p.kv_heads + c) * p.head_dim * kPage;
+  }
+  HD float* key_page(int64_t c, int64_t i) const { return static_cast<float*>(p.keys) + page(c, i); }
+  HD float* value_page(int64_t c, int64_t i) const { return static_cast<float*>(p.values) + page(c, i); }
+
+  HD const float* query(int64_t h, int64_t i, float* q) const {
+    prepare_head(qkv(h, i), p.q_norm, p.rope + i * p.head_dim, p.head_dim, p.eps, p.scale, q);
+    return q;
+  }
+  HD Keys keys(int64_t c, int64_t j) const { return {key_page(c, j), 1, kPage}; }
+  HD Keys values(int64_t c, int64_t j) const { return {value_page(c, j), p.head_dim, 1}; }
+  HD float* out(int64_t h, int64_t i) const { return static_cast<float*>(p.out) + ((row0 + i) * p.heads + h) * p.head_dim; }
+  HD void lse(int64_t, int64_t, float, float) const {}
+
+  void write(int64_t c) const {
+    float k[kMaxHead];
+    for (int64_t i = begin; i < end; ++i) {
+      prepare_head(qkv(p.heads + c, i), p.k_norm, p.rope + i * p.head_dim, p.head_dim, p.eps, 1.0f, k);
+      float* keys = key_page(c, i) + i % kPage;
+      for (int64_t e = 0; e < p.head_dim; ++e) keys[e * kPage] = k[e];
+      memcpy(value_page(c, i) + i % kPage * p.head_dim, qkv(p.heads + p.kv_heads + c, i), p.head_dim * sizeof(float));
+    }
+  }
+};
+
+// Sixteen queries of a Sequence or a Run.
+template <class Source> void attend_lanes(const Source& source, int64_t c, const Lanes& lanes) {
+  const int64_t head_dim = source.p.head_dim;
+  alignas(64) float q[kQueries][kMaxHead];
+  const float* query[kQueries];
+  f32x16 lane_q[kMaxHead], sum[kMaxHead];
+  for (int i = 0; i < kQueries; ++i) query[i] = source.query(lanes.head[i], lanes.at[i], q[i]);
+  rows_to_lanes(query, head_dim, lane_q);
+  for (int64_t e = 0; e < head_dim; ++e) sum[e] = splat(0.0f);
+  f32x16 max = splat(-kInf), total = splat(0.0f);
+  for (int64_t first = 0; first < lanes.keys; first += kPage) {
+    const int64_t count = block_end(first, lanes.keys);
+    f32x16 prob[kPage];
+    dot_keys(lane_q, source.keys(c, first), count, head_dim, prob);
+    hide_future(lanes, first, count, prob);
+    const f32x16 before = max;
+    for (int64_t j = 0; j < count; ++j) max = larger(prob[j], max);
+    const f32x16 factor = exp_row(before - max);
+    total = total * factor;
     for (int64_t j = 0; j < count; ++j) {
-      score[j] = exp_lanes(score[j] - max);
-      total += score[j];
+      prob[j] = exp_row(prob[j] - max);
+      total += prob[j];
     }
-    mix_rows<kE>(sum, factor, score, p.qkv + row.v(kv_head, first), v_stride, count, head_dim);
+    mix_rows(sum, factor, prob, source.values(c, first), count, head_dim);
   }
-  for (int64_t e = 0; e < stride; e += kLanes) {
-    for (int i = 0; i < kLanes; ++i) sum[e + i] /= total;
-    transpose(sum + e);
-    for (int i = 0; i < lanes.count; ++i) store_row(p.out + row.out(lanes.head[i], lanes.at[i]), e, head_dim, sum[e + i]);
-  }
-  for (int i = 0; i < lanes.count; ++i) p.lse[row.lse(lanes.head[i], lanes.at[i])] = max[i] + logf(total[i]);
+  for (int64_t e = 0; e < head_dim; ++e) sum[e] = sum[e] / total;
+  float *out[kQueries], lane_max[kLanes], lane_total[kLanes];
+  for (int i = 0; i < lanes.count; ++i) out[i] = source.out(lanes.head[i], lanes.at[i]);
+  lanes_to_rows(sum, head_dim, lanes.count, out);
+  store16(lane_max, max), store16(lane_total, total);
+  for (int i = 0; i < lanes.count; ++i) source.lse(lanes.head[i], lanes.at[i], lane_max[i], lane_total[i]);
 }
 
-template <int kE> HD void forward_head(const AttentionParams& p, int64_t b, int64_t kv_head) {
-  const AttentionRow row(p, b);
-  const int64_t group = p.heads / p.kv_heads, head_dim = kE ? kE : p.head_dim;
-  for (int64_t i = -row.first; i < 0; ++i) {
-    memset(p.out + row.out(kv_head * group, i), 0, group * head_dim * sizeof(float));
-    memset(p.keys + row.key(kv_head, i), 0, head_dim * sizeof(float));
-    for (int64_t g = 0; g < group; ++g) p.lse[row.lse(kv_head * group + g, i)] = 0.0f;
-  }
-  for (int64_t i = 0; i < row.count; ++i)
-    rotate_row(p.qkv + row.k(kv_head, i), row.angle(i), head_dim, 1.0f, 1.0f, p.keys + row.key(kv_head, i));
-  for (int64_t n = 0; n < row.count * group; n += kQueries)
-    forward_queries<kE>(row, kv_head, Lanes(n, row.count * group, kv_head * group, group));
+// Positions begin..end-1.
+template <class Source> void attend_positions(const Source& source, int64_t c, int64_t begin, int64_t end) {
+  const int64_t group = source.p.heads / source.p.kv_heads;
+  for (int64_t n = begin * group; n < end * group; n += kQueries)
+    attend_lanes(source, c, Lanes(n, end * group, c * group, group));
 }
 
-template <int kE> HD void backward_queries(const AttentionRow& row, int64_t kv_head, const Lanes& lanes) {
-  const AttentionParams& p = row.p;
-  const int64_t head_dim = kE ? kE : p.head_dim, stride = padded(head_dim), v_stride = row.width;
-  constexpr int64_t kRow = kE ? padded(kE) : kMaxHead;
-  alignas(64) float q[kQueries * kRow], dout[kQueries * kRow];
-  f32x16 lane_q[kRow], lane_dout[kRow], dq[kRow], product[kLanes];
-  load_queries(row, lanes, q);
-  f32x16 lse;
+// score[g] (lanes = keys) = q_g . key.
+template <int kHeads>
+HD void dot_page(const float (*q)[kMaxHead], const float* keys, int64_t head_dim, f32x16* score) {
+  sum_elements<kHeads>(head_dim, score, [=](int64_t begin, int64_t end, f32x16* sum) __attribute__((always_inline)) {
+    for (int64_t e = begin; e < end; ++e) {
+      const f32x16 key = load16(keys + e * kPage);
+      for (int g = 0; g < kHeads; ++g) sum[g] += key * q[g][e];
+    }
+  });
+}
+
+// kHeads queries of one position: heads h, h+1, ... that read key/value head c.
+template <int kHeads> void attend_one(const Run& run, int64_t c, int64_t h, int64_t at) {
+  const int64_t head_dim = run.p.head_dim;
+  alignas(64) float q[kHeads][kMaxHead], sum[kHeads][kMaxHead], prob[kHeads][kLanes];
+  float max[kHeads], total[kHeads], factor[kHeads];
+  for (int g = 0; g < kHeads; ++g) {
+    run.query(h + g, at, q[g]);
+    memset(sum[g], 0, head_dim * sizeof(float));
+    max[g] = -kInf, total[g] = 0.0f;
+  }
+  for (int64_t first = 0; first <= at; first += kPage) {
+    const int64_t count = block_end(first, at + 1);
+    f32x16 score[kHeads];
+    dot_page<kHeads>(q, run.key_page(c, first), head_dim, score);
+    for (int g = 0; g < kHeads; ++g) {
+      if (count < kPage) score[g] = pick(first_lanes(static_cast<int>(count)), score[g], -kInf);
+      const float before = max[g], top = largest(score[g]);
+      max[g] = top > before ? top : before;
+      factor[g] = exp_row(before - max[g]);
+      store16(prob[g], exp_row(score[g] - max[g]));
+      total[g] *= factor[g];
+    }
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int g = 0; g < kHeads; ++g) total[g] += prob[g][lane];
+    add_products<kHeads>(sum[0], kMaxHead, factor, prob, run.value_page(c, first), head_dim, count, head_dim);
+  }
+  for (int g = 0; g < kHeads; ++g) {
+    float* out = run.out(h + g, at);
+    for (int64_t e = 0; e < head_dim; ++e) out[e] = sum[g][e] / total[g];
+  }
+}
+
+void attend_run(const Run& run, int64_t c, int64_t begin, int64_t end) {
+  const int64_t group = run.p.heads / run.p.kv_heads;
+  if ((end - begin) * group >= kLaneQueries && end - begin > 1) return attend_positions(run, c, begin, end);
+  for (int64_t at = begin; at < end; ++at)
+    for (int64_t h = c * group, last = h + group; h < last;) {
+      if (last - h >= 4)
+        attend_one<4>(run, c, h, at), h += 4;
+      else if (last - h == 3)
+        attend_one<3>(run, c, h, at), h += 3;
+      else if (last - h == 2)
+        attend_one<2>(run, c, h, at), h += 2;
+      else
+        attend_one<1>(run, c, h, at), h += 1;
+    }
+}
+
+void backward_lanes(const Sequence& sequence, int64_t c, const Lanes& lanes) {
+  const int64_t head_dim = sequence.p.head_dim, width = sequence.width;
+  const float *query[kQueries], *gradient[kQueries];
+  f32x16 lane_q[kMaxHead], lane_dout[kMaxHead], dq[kMaxHead], product[kLanes];
+  float lane_lse[kQueries];
+  alignas(64) float q[kQueries][kMaxHead], dout[kQueries][kMaxHead];  // the queries side by side
   for (int i = 0; i < kQueries; ++i) {
-    const int64_t at = row.out(lanes.head[i], lanes.at[i]);
-    f32x16 sum = {};
+    query[i] = sequence.qkv(sequence.q(lanes.head[i], lanes.at[i]));
+    gradient[i] = sequence.dout(lanes.head[i], lanes.at[i]);
+    const float* out = sequence.out(lanes.head[i], lanes.at[i]);
+    product[i] = splat(0.0f);
     for (int64_t e = 0; e < head_dim; e += kLanes) {
-      f32x16 d = load_row(p.dout + at, e, head_dim);
-      sum += d * load_row(p.out + at, e, head_dim);
-      store16(dout + i * stride + e, d);
+      const f32x16 d = load_row(gradient[i], e, head_dim);
+      product[i] += d * load_row(out, e, head_dim);
+      store16(dout[i] + e, d);
+      store16(q[i] + e, load_row(query[i], e, head_dim));
     }
-    product[i] = sum;
-    lse[i] = p.lse[row.lse(lanes.head[i], lanes.at[i])];
+    lane_lse[i] = sequence.p.lse[sequence.row(lanes.head[i], lanes.at[i])];
   }
   transpose(product);
-  f32x16 delta = {};  // do . out
+  f32x16 delta = splat(0.0f);  // do . out
   for (int i = 0; i < kLanes; ++i) delta += product[i];
-  rows_to_lanes(q, stride, lane_q);
-  rows_to_lanes(dout, stride, lane_dout);
-  for (int64_t e = 0; e < stride; ++e) dq[e] = f32x16{};
-  for (int64_t first = 0; first < lanes.keys; first += kKeyBlock) {
-    const int64_t count = lanes.keys - first < kKeyBlock ? lanes.keys - first : kKeyBlock;
-    const float* keys = p.keys + row.key(kv_head, first);
-    const float* values = p.qkv + row.v(kv_head, first);
-    f32x16 prob[kKeyBlock], ds[kKeyBlock];
-    dot_rows<kE>(lane_q, keys, head_dim, count, head_dim, prob);
-    hide_future(lanes, first, count, prob, -kInf);
-    dot_rows<kE>(lane_dout, values, v_stride, count, head_dim, ds);
+  rows_to_lanes(query, head_dim, lane_q);
+  rows_to_lanes(gradient, head_dim, lane_dout);
+  for (int64_t e = 0; e < head_dim; ++e) dq[e] = splat(0.0f);
+  const f32x16 lse = load16(lane_lse), one = splat(1.0f);
+  const float ones[4] = {1.0f, 1.0f, 1.0f, 1.0f};
+  for (int64_t first = 0; first < lanes.keys; first += kPage) {
+    const int64_t count = block_end(first, lanes.keys);
+    const Keys keys = sequence.keys(c, first);
+    f32x16 prob[kPage], ds[kPage];
+    dot_keys(lane_q, keys, count, head_dim, prob);
+    hide_future(lanes, first, count, prob);
+    dot_keys(lane_dout, sequence.values(c, first), count, head_dim, ds);
+    alignas(64) float prob_rows[kPage][kLanes], ds_rows[kPage][kLanes];
     for (int64_t j = 0; j < count; ++j) {
-      prob[j] = exp_lanes(prob[j] - lse);
+      prob[j] = exp_row(prob[j] - lse);
       ds[j] = prob[j] * (ds[j] - delta);
+      store16(prob_rows[j], prob[j]), store16(ds_rows[j], ds[j]);
     }
-    mix_rows<kE>(dq, splat(1.0f), ds, keys, head_dim, count, head_dim);
-    alignas(64) float prob_rows[kKeyBlock][kLanes], ds_rows[kKeyBlock][kLanes];
-    for (int64_t j = 0; j < count; ++j) store16(prob_rows[j], prob[j]), store16(ds_rows[j], ds[j]);
-    float* dkeys = p.dqkv + row.k(kv_head, first);
-    float* dvalues = p.dqkv + row.v(kv_head, first);
+    mix_rows(dq, one, ds, keys, count, head_dim);
+    float* dkeys = sequence.dqkv(sequence.k(c, first));
+    float* dvalues = sequence.dqkv(sequence.v(c, first));
     int64_t j = 0;
     for (; j + 4 <= count; j += 4) {
-      add_products<4>(dkeys + j * v_stride, v_stride, ds_rows + j, q, stride, lanes.count, head_dim);
-      add_products<4>(dvalues + j * v_stride, v_stride, prob_rows + j, dout, stride, lanes.count, head_dim);
+      add_products<4>(dkeys + j * width, width, ones, ds_rows + j, q[0], kMaxHead, lanes.count, head_dim);
+      add_products<4>(dvalues + j * width, width, ones, prob_rows + j, dout[0], kMaxHead, lanes.count, head_dim);
     }
     for (; j < count; ++j) {
-      add_products<1>(dkeys + j * v_stride, v_stride, ds_rows + j, q, stride, lanes.count, head_dim);
-      add_products<1>(dvalues + j * v_stride, v_stride, prob_rows + j, dout, stride, lanes.count, head_dim);
+      add_products<1>(dkeys + j * width, width, ones, ds_rows + j, q[0], kMaxHead, lanes.count, head_dim);
+      add_products<1>(dvalues + j * width, width, ones, prob_rows + j, dout[0], kMaxHead, lanes.count, head_dim);
     }
   }
-  for (int64_t e = 0; e < stride; e += kLanes) {
-    transpose(dq + e);
-    for (int i = 0; i < lanes.count; ++i) store_row(p.dqkv + row.q(lanes.head[i], lanes.at[i]), e, head_dim, dq[e + i]);
+  float* out[kQueries];
+  for (int i = 0; i < lanes.count; ++i) out[i] = sequence.dqkv(sequence.q(lanes.head[i], lanes.at[i]));
+  lanes_to_rows(dq, head_dim, lanes.count, out);
+}
+
+void backward_sequence(const Sequence& sequence, int64_t c) {
+  const int64_t group = sequence.p.heads / sequence.p.kv_heads, bytes = sequence.p.head_dim * sizeof(float);
+  for (int64_t i = 0; i < sequence.count; ++i) {
+    memset(sequence.dqkv(sequence.k(c, i)), 0, bytes);
+    memset(sequence.dqkv(sequence.v(c, i)), 0, bytes);
   }
-  for (int i = 0; i < lanes.count; ++i) {
-    float* out = p.dqkv + row.q(lanes.head[i], lanes.at[i]);
-    rotate_row(out, row.angle(lanes.at[i]), head_dim, -1.0f, p.scale, out);
+  for (int64_t n = 0; n < sequence.count * group; n += kQueries)
+    backward_lanes(sequence, c, Lanes(n, sequence.count * group, c * group, group));
+}
+
+// Tasks that together make kGrainFlops.
+int64_t grain(int64_t tasks, int64_t flops) { return 1 + kGrainFlops * tasks / (1 + flops); }
+
+int64_t training_flops(const AttentionParams& p, int64_t per_pair) {
+  int64_t pairs = 0;
+  for (int64_t b = 0; b < p.sequences; ++b) pairs += (p.offsets[b + 1] - p.offsets[b]) * (p.offsets[b + 1] - p.offsets[b]);
+  return per_pair * pairs / 2 * p.heads * p.head_dim;
+}
+
+// The first sequence that ends behind `token`.
+int64_t sequence_of(const AttentionParams& p, int64_t token) {
+  int64_t low = 0, high = p.sequences;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (p.offsets[middle + 1] > token)
+      high = middle;
+    else
+      low = middle + 1;
   }
+  return low;
 }
 
-template <int kE> HD void backward_head(const AttentionParams& p, int64_t b, int64_t kv_head) {
-  const AttentionRow row(p, b);
-  const int64_t group = p.heads / p.kv_heads, head_dim = kE ? kE : p.head_dim, bytes = head_dim * sizeof(float);
-  for (int64_t i = -row.first; i < row.count; ++i) {
-    memset(p.dqkv + row.k(kv_head, i), 0, bytes);
-    memset(p.dqkv + row.v(kv_head, i), 0, bytes);
-    if (i < 0) memset(p.dqkv + row.q(kv_head * group, i), 0, group * bytes);
-  }
-  for (int64_t n = 0; n < row.count * group; n += kQueries)
-    backward_queries<kE>(row, kv_head, Lanes(n, row.count * group, kv_head * group, group));
-  for (int64_t i = 0; i < row.count; ++i) {
-    float* dk = p.dqkv + row.k(kv_head, i);
-    rotate_row(dk, row.angle(i), head_dim, -1.0f, 1.0f, dk);
-  }
-}
-
-// One key/value head of one row, one query in each of its heads. Keys are the lanes.
-template <int kE> HD void decode_head(const DecodeAttentionParams& p, int64_t b, int64_t kv_head) {
-  const int64_t head_dim = kE ? kE : p.head_dim, stride = padded(head_dim), group = p.heads / p.kv_heads;
-  constexpr int64_t kRow = kE ? padded(kE) : kMaxHead;
-  const float* qkv = p.qkv + b * (p.heads + 2 * p.kv_heads) * head_dim;
-  const float* angle = p.angle + (p.column - p.pad[b]) * head_dim;
-  float* keys = p.cache + (b * p.kv_heads + kv_head) * p.capacity * head_dim;
-  float* values = keys + p.rows * p.kv_heads * p.capacity * head_dim;
-  rotate_row(qkv + (p.heads + kv_head) * head_dim, angle, head_dim, 1.0f, 1.0f, keys + p.column * head_dim);
-  memcpy(values + p.column * head_dim, qkv + (p.heads + p.kv_heads + kv_head) * head_dim, head_dim * sizeof(float));
-  for (int64_t g0 = 0; g0 < group; g0 += 4) {
-    const int64_t queries = group - g0 < 4 ? group - g0 : 4;
-    alignas(64) float q[4][kRow], sum[4][kRow], max[4], total[4];
-    for (int64_t g = 0; g < queries; ++g) {
-      rotate_row(qkv + (kv_head * group + g0 + g) * head_dim, angle, head_dim, 1.0f, p.scale, q[g]);
-      memset(sum[g], 0, head_dim * sizeof(float));
-      max[g] = -kInf, total[g] = 0.0f;
-    }
-    for (int64_t first = p.pad[b]; first <= p.column; first += kKeyBlock) {
-      const int64_t count = p.column + 1 - first < kKeyBlock ? p.column + 1 - first : kKeyBlock;
-      f32x16 lane_k[kRow];
-      for (int64_t e = 0; e < stride; e += kLanes) {
-        for (int64_t j = 0; j < kKeyBlock; ++j)
-          lane_k[e + j] = j < count ? load_row(keys + (first + j) * head_dim, e, head_dim) : f32x16{};
-        transpose(lane_k + e);
-      }
-      alignas(64) float prob[4][kLanes];
-      for (int64_t g = 0; g < queries; ++g) {
-        f32x16 score = {};
-        for (int64_t e = 0; e < head_dim; ++e) score += q[g][e] * lane_k[e];
-        score = first_lanes(count) ? score : splat(-kInf);
-        const float before = max[g], top = largest(score);
-        max[g] = top > before ? top : before;
-        const float factor = exp_row(before - max[g]);
-        store16(prob[g], exp_lanes(score - max[g]));
-        float sum_prob = total[g] * factor;
-        for (int lane = 0; lane < kLanes; ++lane) sum_prob += prob[g][lane];
-        total[g] = sum_prob;
-        for (int64_t e = 0; e < head_dim; ++e) sum[g][e] *= factor;
-      }
-      const float* v = values + first * head_dim;
-      if (queries == 4) {
-        add_products<4>(sum[0], kRow, prob, v, head_dim, count, head_dim);
-      } else {
-        for (int64_t g = 0; g < queries; ++g) add_products<1>(sum[g], kRow, prob + g, v, head_dim, count, head_dim);
-      }
-    }
-    for (int64_t g = 0; g < queries; ++g) {
-      float* out = p.out + (b * p.heads + kv_head * group + g0 + g) * head_dim;
-      for (int64_t e = 0; e < head_dim; ++e) out[e] = sum[g][e] / total[g];
-    }
-  }
-}
-
-SIMD_CLONES void forward_task(const AttentionParams& p, int64_t b, int64_t kv_head) {
-  forward_head<0>(p, b, kv_head);
-}
-
-SIMD_CLONES void backward_task(const AttentionParams& p, int64_t b, int64_t kv_head) {
-  backward_head<0>(p, b, kv_head);
-}
-
-SIMD_CLONES void decode_task(const DecodeAttentionParams& p, int64_t b, int64_t kv_head) {
-  decode_head<0>(p, b, kv_head);
-}
-
-template <class Params, class Task>
-void for_heads(const Params& p, int64_t flops, Task task) {
-  parallel_for(p.rows * p.kv_heads, 1 + kGrainFlops / (1 + flops), [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) task(p, n / p.kv_heads, n % p.kv_heads);
-  });
+void clear_padding(const AttentionParams& p, void* x, int64_t width) {
+  const int64_t used = p.offsets[p.sequences];
+  memset(static_cast<float*>(x) + used * width, 0, (p.tokens - used) * width * sizeof(float));
 }
 
 }  // namespace
 
+// Task n / K takes the pieces, kPiece positions long, that start in its kPiece tokens: few long sequences keep all
+// threads busy, and short ones stay whole.
 void attention_cpu(const AttentionParams& p) {
-  for_heads(p, 2 * p.columns * p.columns * p.heads / p.kv_heads * p.head_dim, forward_task);
+  const int64_t tasks = (p.offsets[p.sequences] + kPiece - 1) / kPiece * p.kv_heads;
+  parallel_for(tasks, grain(tasks, training_flops(p, 4)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t low = n / p.kv_heads * kPiece, high = low + kPiece;
+      for (int64_t b = sequence_of(p, low); b < p.sequences && p.offsets[b] < high; ++b) {
+        const Sequence sequence(p, b);
+        int64_t i = sequence.first < low ? (low - sequence.first + kPiece - 1) / kPiece * kPiece : 0;
+        for (; i < sequence.count && sequence.first + i < high; i += kPiece)
+          attend_positions(sequence, n % p.kv_heads, i, i + kPiece < sequence.count ? i + kPiece : sequence.count);
+      }
+    }
+  });
+  clear_padding(p, p.out, p.heads * p.head_dim);
+  memset(p.lse + p.offsets[p.sequences] * p.heads, 0, (p.tokens - p.offsets[p.sequences]) * p.heads * sizeof(float));
 }
 
 void attention_backward_cpu(const AttentionParams& p) {
-  for_heads(p, 5 * p.columns * p.columns * p.heads / p.kv_heads * p.head_dim, backward_task);
+  const int64_t tasks = p.sequences * p.kv_heads;
+  parallel_for(tasks, grain(tasks, training_flops(p, 10)), [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) backward_sequence(Sequence(p, n / p.kv_heads), n % p.kv_heads);
+  });
+  clear_padding(p, p.dqkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
 }
 
-void decode_attention_cpu(const DecodeAttentionParams& p) {
-  for_heads(p, 8 * (p.column + 1) * p.heads / p.kv_heads * p.head_dim, decode_task);
+void paged_attention_cpu(const PagedAttentionParams& p) {
+  const int64_t tasks = p.rows * p.kv_heads, group = p.heads / p.kv_heads;
+  int64_t keys = 0, longest = 0, length = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (p.slot[r] < 0) continue;
+    const int64_t limit = p.positions < p.columns * kPage ? p.positions : p.columns * kPage;
+    if (p.slot[r] >= p.slots || p.position[r] < 0 || p.position[r] >= limit)
+      fail("paged_attention: row ", r, " has slot ", p.slot[r], " and position ", p.position[r], "; slots must be in ",
+           "[-1, ", p.slots, "), positions in [0, ", limit, ") (rope's rows, and 16 per column of table)");
+    length = continues_run(p, r) ? length + 1 : 1;
+    longest = length > longest ? length : longest;
+    keys += p.position[r] + 1;
+  }
+  const int64_t step = grain(tasks, 4 * keys * p.heads * p.head_dim);
+  parallel_for(tasks, step, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      const int64_t r = n / p.kv_heads, c = n % p.kv_heads;
+      if (p.slot[r] < 0) {
+        float* out = static_cast<float*>(p.out) + (r * p.heads + c * group) * p.head_dim;
+        memset(out, 0, group * p.head_dim * sizeof(float));
+      } else if (!continues_run(p, r)) {
+        const Run run(p, r);
+        run.write(c);
+        if (run.end - run.begin <= kPiece) attend_run(run, c, run.begin, run.end);
+      }
+    }
+  });
+  if (longest <= kPiece) return;
+  parallel_for(tasks, step, [&](int64_t begin, int64_t end) {  // long runs, now that all their keys are written
+    for (int64_t n = begin; n < end; ++n) {
+      int64_t first = n / p.kv_heads;
+      const int64_t r = first;
+      if (p.slot[r] < 0) continue;
+      while (continues_run(p, first)) --first;
+      const Run run(p, first);
+      const int64_t at = p.position[r];
+      if (run.end - run.begin > kPiece && (at - run.begin) % kPiece == 0)
+        attend_positions(run, n % p.kv_heads, at, at + kPiece < run.end ? at + kPiece : run.end);
+    }
+  });
 }
 
+}  // namespace PYMATHRL_LEVEL
 }  // namespace pymathrl

@@ -272,73 +272,72 @@ int64_t attention_head_dim(const char* op, const Tensor& qkv, int64_t heads, int
   return head_dim;
 }
 
-void check_pad(const char* op, const Tensor& t, const int64_t* pad, int64_t rows, int64_t last) {
-  if (t.device >= 0) return;  // on a GPU the check would wait for the device
-  for (int64_t b = 0; b < rows; ++b)
-    if (pad[b] < 0 || pad[b] > last)
-      fail(op, ": pad must be in [0, ", last, "], got ", pad[b], " in row ", b, "; a row has at least one token");
-}
-
-AttentionParams attention_params(const Args& args, const char* op, const Tensor& qkv, const Tensor& angle,
-                                 const Tensor* pad, const Tensor& keys, const Tensor& out, const Tensor& lse,
-                                 int64_t heads, int64_t kv_heads, float scale) {
+AttentionParams attention_params(const Args& args, const char* op, const Tensor& qkv, const Tensor& offsets,
+                                 const Tensor& out, const Tensor& lse, int64_t heads, int64_t kv_heads) {
   AttentionParams p{};
-  p.rows = qkv.size[0];
-  p.columns = qkv.size[1];
+  p.dtype = args.activation_dtype("qkv", qkv);
+  p.tokens = qkv.size[0];
+  p.sequences = offsets.size[0] - 1;
   p.heads = heads;
   p.kv_heads = kv_heads;
   p.head_dim = attention_head_dim(op, qkv, heads, kv_heads);
-  p.scale = scale;
-  p.qkv = args.dense<float>("qkv", qkv, {p.rows, p.columns, (heads + 2 * kv_heads) * p.head_dim});
-  p.angle = args.dense<float>("angle", angle, {p.columns, p.head_dim / 2, 2});
-  p.pad = args.optional<int64_t>("pad", pad, {p.rows});
-  if (p.pad) check_pad(op, *pad, p.pad, p.rows, p.columns - 1);
-  p.keys = args.dense<float>("keys", keys, {p.rows, kv_heads, p.columns, p.head_dim});
-  p.out = args.dense<float>("out", out, {p.rows, p.columns, heads * p.head_dim});
-  p.lse = args.dense<float>("lse", lse, {p.rows, heads, p.columns});
+  p.qkv = args.dense("qkv", qkv, p.dtype, {p.tokens, (heads + 2 * kv_heads) * p.head_dim});
+  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
+  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
+  p.out = args.dense("out", out, p.dtype, {p.tokens, heads * p.head_dim});
+  p.lse = args.dense<float>("lse", lse, {p.tokens, heads});
+  if (args.cuda()) return p;  // on a GPU the check would wait for the device
+  for (int64_t b = 0; b <= p.sequences; ++b)
+    if (p.offsets[b] < (b ? p.offsets[b - 1] : 0) || p.offsets[b] > (b ? p.tokens : 0))
+      fail(op, ": offsets must start at 0 and rise to at most ", p.tokens, " (the tokens of qkv), got ", p.offsets[b],
+           " at ", b);
   return p;
 }
 
-void attention(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const Tensor& keys, const Tensor& out,
-               const Tensor& lse, int64_t heads, int64_t kv_heads, float scale, uintptr_t stream) {
+void attention(const Tensor& qkv, const Tensor& offsets, const Tensor& out, const Tensor& lse, int64_t heads,
+               int64_t kv_heads, uintptr_t stream) {
   Args args("attention", qkv);
-  AttentionParams p = attention_params(args, "attention", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
+  AttentionParams p = attention_params(args, "attention", qkv, offsets, out, lse, heads, kv_heads);
   launch(args, stream, p, attention_cpu, CUDA_TWIN(attention_cuda));
 }
 
-void attention_backward(const Tensor& qkv, const Tensor& angle, const Tensor* pad, const Tensor& keys,
-                        const Tensor& out, const Tensor& lse, const Tensor& dout, const Tensor& dqkv, int64_t heads,
-                        int64_t kv_heads, float scale, uintptr_t stream) {
+void attention_backward(const Tensor& qkv, const Tensor& offsets, const Tensor& out, const Tensor& lse,
+                        const Tensor& dout, const Tensor& dqkv, int64_t heads, int64_t kv_heads, uintptr_t stream) {
   Args args("attention_backward", qkv);
-  AttentionParams p =
-      attention_params(args, "attention_backward", qkv, angle, pad, keys, out, lse, heads, kv_heads, scale);
-  p.dout = args.dense<float>("dout", dout, {p.rows, p.columns, heads * p.head_dim});
-  p.dqkv = args.dense<float>("dqkv", dqkv, {p.rows, p.columns, (heads + 2 * kv_heads) * p.head_dim});
+  AttentionParams p = attention_params(args, "attention_backward", qkv, offsets, out, lse, heads, kv_heads);
+  p.dout = args.dense("dout", dout, p.dtype, {p.tokens, heads * p.head_dim});
+  p.dqkv = args.dense("dqkv", dqkv, p.dtype, {p.tokens, (heads + 2 * kv_heads) * p.head_dim});
   launch(args, stream, p, attention_backward_cpu, CUDA_TWIN(attention_backward_cuda));
 }
 
-// cache: [2B,K,C,E], the keys of all rows, then the values.
-void decode_attention(const Tensor& qkv, const Tensor& angle, const Tensor& cache, const Tensor& pad, const Tensor& out,
-                      int64_t column, int64_t heads, int64_t kv_heads, float scale, uintptr_t stream) {
-  Args args("decode_attention", qkv);
-  DecodeAttentionParams p{};
+void paged_attention(const Tensor& qkv, const Tensor& position, const Tensor& slot, const Tensor& table,
+                     const Tensor& rope, const Tensor& keys, const Tensor& values, const Tensor& out, int64_t heads,
+                     int64_t kv_heads, float scale, const Tensor* q_norm, const Tensor* k_norm, float eps,
+                     uintptr_t stream) {
+  Args args("paged_attention", qkv);
+  PagedAttentionParams p{};
+  p.dtype = args.activation_dtype("qkv", qkv);
   p.rows = qkv.size[0];
+  p.slots = table.size[0];
+  p.columns = table.ndim == 2 ? table.size[1] : 0;
+  p.positions = rope.size[0];
+  p.pages = keys.size[0];
   p.heads = heads;
   p.kv_heads = kv_heads;
-  p.head_dim = attention_head_dim("decode_attention", qkv, heads, kv_heads);
-  p.column = column;
-  p.capacity = cache.size[2];
+  p.head_dim = attention_head_dim("paged_attention", qkv, heads, kv_heads);
   p.scale = scale;
-  p.qkv = args.dense<float>("qkv", qkv, {p.rows, (heads + 2 * kv_heads) * p.head_dim});
-  p.angle = args.dense<float>("angle", angle, {angle.size[0], p.head_dim / 2, 2});
-  p.cache = args.dense<float>("cache", cache, {2 * p.rows, kv_heads, p.capacity, p.head_dim});
-  p.pad = args.dense<int64_t>("pad", pad, {p.rows});
-  p.out = args.dense<float>("out", out, {p.rows, heads * p.head_dim});
-  if (column < 0 || column >= p.capacity || column >= angle.size[0])
-    fail("decode_attention: column must be in [0, ", p.capacity < angle.size[0] ? p.capacity : angle.size[0],
-         ") (columns of the cache, positions of angle), got ", column, "; make the cache larger");
-  check_pad("decode_attention", pad, p.pad, p.rows, column);
-  launch(args, stream, p, decode_attention_cpu, CUDA_TWIN(decode_attention_cuda));
+  p.eps = eps;
+  p.qkv = args.dense("qkv", qkv, p.dtype, {p.rows, (heads + 2 * kv_heads) * p.head_dim});
+  p.position = args.dense<int64_t>("position", position, {p.rows});
+  p.slot = args.dense<int64_t>("slot", slot, {p.rows});
+  p.table = args.dense<int32_t>("table", table, {p.slots, p.columns});
+  p.rope = args.dense<float>("rope", rope, {p.positions, p.head_dim});
+  p.keys = args.dense("keys", keys, p.dtype, {p.pages, kv_heads, p.head_dim, kPage});
+  p.values = args.dense("values", values, p.dtype, {p.pages, kv_heads, kPage, p.head_dim});
+  p.out = args.dense("out", out, p.dtype, {p.rows, heads * p.head_dim});
+  p.q_norm = args.optional<float>("q_norm", q_norm, {p.head_dim});
+  p.k_norm = args.optional<float>("k_norm", k_norm, {p.head_dim});
+  launch(args, stream, p, paged_attention_cpu, CUDA_TWIN(paged_attention_cuda));
 }
 
 void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor* sum, const Tensor& y,
@@ -501,13 +500,13 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
         py::arg("stream_id"));
 
-  m.def("attention", &attention, py::arg("qkv"), py::arg("angle"), py::arg("pad"), py::arg("keys"), py::arg("out"),
-        py::arg("lse"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("stream"));
-  m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("angle"), py::arg("pad"), py::arg("keys"),
-        py::arg("out"), py::arg("lse"), py::arg("dout"), py::arg("dqkv"), py::arg("heads"), py::arg("kv_heads"),
-        py::arg("scale"), py::arg("stream"));
-  m.def("decode_attention", &decode_attention, py::arg("qkv"), py::arg("angle"), py::arg("cache"), py::arg("pad"),
-        py::arg("out"), py::arg("column"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("stream"));
+  m.def("attention", &attention, py::arg("qkv"), py::arg("offsets"), py::arg("out"), py::arg("lse"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("stream"));
+  m.def("attention_backward", &attention_backward, py::arg("qkv"), py::arg("offsets"), py::arg("out"), py::arg("lse"),
+        py::arg("dout"), py::arg("dqkv"), py::arg("heads"), py::arg("kv_heads"), py::arg("stream"));
+  m.def("paged_attention", &paged_attention, py::arg("qkv"), py::arg("position"), py::arg("slot"), py::arg("table"),
+        py::arg("rope"), py::arg("keys"), py::arg("values"), py::arg("out"), py::arg("heads"), py::arg("kv_heads"),
+        py::arg("scale"), py::arg("q_norm"), py::arg("k_norm"), py::arg("eps"), py::arg("stream"));
 
   m.def("rms_norm_blocks", &rms_norm_blocks, py::arg("rows"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("residual"), py::arg("weight"), py::arg("sum"), py::arg("y"),

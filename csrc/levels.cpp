@@ -1,6 +1,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "attention.h"
 #include "common/tensor.h"
 #include "rms_norm.h"
 #include "rotary.h"
@@ -69,6 +70,9 @@ const Level& level() {
   void op(const Params& p) { base::op(p); }
 #endif
 
+BY_LEVEL(attention_cpu, AttentionParams)
+BY_LEVEL(attention_backward_cpu, AttentionParams)
+BY_LEVEL(paged_attention_cpu, PagedAttentionParams)
 BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
 BY_LEVEL(rotary_cpu, RotaryParams)

@@ -5,6 +5,14 @@ PYMATHRL_IMPL=ref runs the references instead of the kernels, in every op.
 
 from pymathrl.ops._call import IMPL, WHY
 from pymathrl.ops.aggregation import aggregation_coef
+from pymathrl.ops.attention import (
+    PAGE,
+    attention,
+    attention_ref,
+    attention_supports,
+    paged_attention,
+    paged_attention_ref,
+)
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
@@ -21,6 +29,7 @@ from pymathrl.ops.token_logprob import (
 
 __all__ = [
     "IMPL",
+    "PAGE",
     "WHY",
     "GroupAdvantage",
     "PolicyLoss",
@@ -29,9 +38,14 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_ref",
     "aggregation_coef",
+    "attention",
+    "attention_ref",
+    "attention_supports",
     "group_advantage",
     "group_advantage_ref",
     "merge_stats",
+    "paged_attention",
+    "paged_attention_ref",
     "policy_loss",
     "policy_loss_ref",
     "rms_norm",

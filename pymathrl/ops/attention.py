@@ -1,26 +1,176 @@
+"""Causal attention with grouped queries: packed sequences (differentiable), and new tokens over a paged cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
 import torch
-PAGE = 16
-from pymathrl.ops.rotary import rotary_ref
-def attention(qkv, offsets, heads, kv_heads):
-    e = qkv.shape[1]//(heads+2*kv_heads); outs=[]
-    for a,b in zip(offsets.tolist(), offsets.tolist()[1:]):
-        q,k,v = qkv[a:b].view(b-a,-1,e).split([heads,kv_heads,kv_heads],1)
-        g=heads//kv_heads
-        k=k.repeat_interleave(g,1); v=v.repeat_interleave(g,1)
-        s=torch.einsum('ihe,jhe->hij',q,k)+torch.full((b-a,b-a),-torch.inf).triu(1)
-        outs.append(torch.einsum('hij,jhe->ihe',s.softmax(-1),v).flatten(1))
-    return torch.cat(outs)
-def paged_attention(qkv, position, slot, table, rope, keys, values, out, *, heads, kv_heads, scale, q_norm=None, k_norm=None, eps=1e-6):
-    e = qkv.shape[1]//(heads+2*kv_heads); g=heads//kv_heads
-    out.zero_()
-    for r in range(len(qkv)):
-        s=int(slot[r]); p=int(position[r])
-        if s<0: continue
-        x=rotary_ref(qkv[r:r+1], position[r:r+1], rope, heads, kv_heads, scale, q_norm, k_norm, eps)[0].view(-1,e)
-        q,k,v=x.split([heads,kv_heads,kv_heads])
-        pg=int(table[s,p//16]); keys[pg,:,:,p%16]=k; values[pg,:,p%16]=v
-        pages=table[s,:p//16+1].long()
-        K=keys[pages].permute(1,0,3,2).flatten(1,2)[:,:p+1]; V=values[pages].permute(1,0,2,3).flatten(1,2)[:,:p+1]
-        K=K.repeat_interleave(g,0); V=V.repeat_interleave(g,0)
-        w=torch.einsum('he,hje->hj',q,K).softmax(-1)
-        out[r]=torch.einsum('hj,hje->he',w,V).flatten()
+import torch.nn.functional as F
+
+from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
+
+MAX_HEAD = 256  # largest head size of the kernels (kMaxHead in csrc/attention.h); head sizes are multiples of 8
+PAGE = 16  # positions of a page of the cache (kPage)
+
+
+def attention_supports(head_dim: int) -> bool:
+    """True where the kernels take heads of this size."""
+    return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD
+
+
+def attention(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """out[i,h] = sum_{j<=i} softmax_j(q_i . k_j) v_j within each sequence.
+
+    qkv      [T,(H+2K)*E] fp32, on a GPU also bf16: H query heads, already scaled, then K key heads, then K value heads;
+             E a multiple of 8, at most 256. Query head h reads key/value head h // (H/K)
+    offsets  int64 [B+1], from 0, not falling: sequence b is tokens offsets[b]..offsets[b+1]-1, and may be empty.
+             Tokens from offsets[B] on are padding: their results and gradients are 0
+
+    Returns [T,H*E] in the dtype of qkv; differentiable in qkv. Values are the same for every thread count, and on the
+    CPU bit for bit those of paged_attention over the same heads.
+    Raises ValueError for a wrong shape, dtype or head size, and on the CPU for offsets that are none.
+    """
+    _check("attention", qkv, heads, kv_heads)
+    if use_reference():
+        return attention_ref(qkv, offsets, heads, kv_heads)
+    return _Attention.apply(qkv, offsets, heads, kv_heads)
+
+
+def paged_attention(
+    qkv: torch.Tensor,
+    position: torch.Tensor,
+    slot: torch.Tensor,
+    table: torch.Tensor,
+    rope: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """Norm, rotation and write of new tokens, then out[r,h] = sum_j softmax_j(q_r . k_j) v_j over their sequences.
+
+    qkv       [R,(H+2K)*E] fp32, on a GPU also bf16: the projection of one new token per row
+    position  int64 [R] of the token in its sequence: it sees positions 0..position
+    slot      int64 [R]: the row of `table` that is its sequence; -1: padding, its out is 0 and nothing is written.
+              Tokens of one sequence are consecutive rows of rising positions; no two sequences write the same page
+    table     int32 [S,C]: positions 16c..16c+15 of slot s are in page table[s,c]; pages may be shared
+    rope      fp32 [P,E]: cosines of the E/2 angles of a position, then their sines; E as in `attention`
+    keys      [pages,K,E,16], values [pages,K,16,E] in the dtype of qkv: the cache, written at the new positions
+    out       [R,H*E] in the dtype of qkv, written
+    scale     factor of q after norm and rotation
+    q_norm, k_norm  fp32 [E] weights of an RMSNorm of each head before the rotation, with `eps`; None: no norm
+
+    Not differentiable. A row's result depends on its sequence alone: not on how its tokens are cut into calls, on other
+    rows, on the pages used, or on threads. On the CPU it is bit for bit what `attention` gives on prepared heads.
+    Raises ValueError for a wrong shape, dtype or head size, and on the CPU for slots, positions or pages out of range.
+    """
+    _check("paged_attention", qkv, heads, kv_heads)
+    if use_reference():
+        paged_attention_ref(
+            qkv, position, slot, table, rope, keys, values, out,
+            heads=heads, kv_heads=kv_heads, scale=scale, q_norm=q_norm, k_norm=k_norm, eps=eps,
+        )  # fmt: skip
+        return
+    _C.paged_attention(
+        view(qkv), view(position), view(slot), view(table), view(rope), view(keys), view(values), view(out),
+        heads, kv_heads, scale, optional_view(q_norm), optional_view(k_norm), eps, stream(qkv),
+    )  # fmt: skip
+
+
+def _check(op: str, qkv: torch.Tensor, heads: int, kv_heads: int) -> None:
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise ValueError(f"{op}: heads must be a multiple of kv_heads, got {heads} and {kv_heads}")
+    if qkv.ndim != 2 or qkv.shape[-1] % (heads + 2 * kv_heads):
+        raise ValueError(
+            f"{op}: qkv must have 2 dimensions, the last (H+2K)*E = {heads + 2 * kv_heads}*E, got {list(qkv.shape)}"
+        )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+        qkv = qkv.contiguous()
+        out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // (heads + 2 * kv_heads) * heads)
+        lse = qkv.new_empty(qkv.shape[0], heads, dtype=torch.float32)
+        _C.attention(view(qkv), view(offsets), view(out), view(lse), heads, kv_heads, stream(qkv))
+        ctx.save_for_backward(qkv, offsets, out, lse)
+        ctx.shape = heads, kv_heads
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Any) -> tuple[torch.Tensor | None, ...]:
+        qkv, offsets, out, lse = ctx.saved_tensors
+        dout = dout.contiguous()
+        dqkv = torch.empty_like(qkv)
+        _C.attention_backward(
+            view(qkv), view(offsets), view(out), view(lse), view(dout), view(dqkv), *ctx.shape, stream(qkv)
+        )
+        return dqkv, None, None, None
+
+
+def attention_ref(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+    """The same in plain torch, in the precision of qkv (fp32 or float64); autograd gives the gradient."""
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(0, 1).split([heads, kv_heads, kv_heads])
+    bounds = offsets.tolist()
+    out = [qkv.new_zeros(heads, 0, q.shape[-1])]
+    for first, last in zip(bounds, bounds[1:], strict=False):
+        if first < last:
+            out.append(
+                F.scaled_dot_product_attention(
+                    q[None, :, first:last], k[None, :, first:last], v[None, :, first:last],
+                    is_causal=True, scale=1.0, enable_gqa=True,
+                )[0]
+            )  # fmt: skip
+    return F.pad(torch.cat(out, 1).transpose(0, 1).flatten(1), (0, 0, 0, qkv.shape[0] - bounds[-1]))
+
+
+def prepare_head_ref(
+    x: torch.Tensor, rope: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 1e-6
+) -> torch.Tensor:
+    """Heads x [...,E], normalised where `norm` [E] is given, their pairs (j, j+E/2) turned by rope [...,E]."""
+    if norm is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
+    (low, high), (cosine, sine) = x.chunk(2, -1), rope.chunk(2, -1)
+    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
+
+
+def paged_attention_ref(
+    qkv: torch.Tensor,
+    position: torch.Tensor,
+    slot: torch.Tensor,
+    table: torch.Tensor,
+    rope: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    q_norm: torch.Tensor | None = None,
+    k_norm: torch.Tensor | None = None,
+    eps: float = 1e-6,
+) -> None:
+    """The same in plain torch, one row after the other, in the precision of qkv and the cache."""
+    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+    turn = rope[position.clamp(min=0), None]
+    q, k = prepare_head_ref(q, turn, q_norm, eps), prepare_head_ref(k, turn, k_norm, eps)
+    for row, (at, sequence) in enumerate(zip(position.tolist(), slot.tolist(), strict=True)):
+        if sequence < 0:
+            out[row] = 0
+            continue
+        page, column = int(table[sequence, at // PAGE]), at % PAGE
+        keys[page, :, :, column], values[page, :, column] = k[row], v[row]
+        pages = table[sequence, : at // PAGE + 1].long()
+        seen_keys = keys[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, : at + 1]  # [K,n,E]
+        seen_values = values[pages].transpose(0, 1).flatten(1, 2)[:, : at + 1]
+        out[row] = F.scaled_dot_product_attention(
+            q[row, None, :, None], seen_keys[None], seen_values[None], scale=scale, enable_gqa=True
+        ).flatten()
