@@ -31,11 +31,20 @@ class TrainConfig:
     out: str | None = option(None, "run directory, made if absent [runs/ALGO-TASK-seedS]")
     seed: int = at_least(0, 0, "fixes every random number of the run: problems, tokens, order")
     device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    threads: int = at_least(0, 0, "CPU threads; 0 = all cores (results depend on this number in the last bits)")
+    dtype: str = option("auto", "of weights and activations; auto: fp32 on a CPU, bf16 with fp32 masters on a GPU",
+                        choices=("auto", "fp32", "bf16"))  # fmt: skip
+    threads: int = at_least(0, 0, "CPU threads; 0 = all cores (gradients depend on this number in the last bits)")
 
     prompts_per_step: int = positive(128, "problems drawn per step")
     samples_per_prompt: int = at_least(2, 8, "responses sampled per problem (the group)")
     temperature: float = positive(1.0, "sampling temperature of the rollouts and of every log-prob of the update")
+    top_k: int = at_least(0, 0, "most likely tokens kept in a rollout; 0 = all (the update renormalises over the same)")
+    top_p: float = option(1.0, "probability that the tokens kept in a rollout reach, most likely first; 1 = all of it")
+    min_p: float = option(0.0, "tokens below this share of the top probability are cut in a rollout; 0 = none")
+    old_logp: str = option(
+        "sampler", "log-probs of the sampling policy: the sampler's own, or a second pass over the batch",
+        choices=("sampler", "recompute"),
+    )  # fmt: skip
     max_prompt_tokens: int = positive(1024, "longer prompts are left out, and counted")
     max_new_tokens: int = positive(1024, "length limit of a response, in tokens")
     rollout_rows: int = positive(512, "responses decoded side by side")
@@ -44,7 +53,7 @@ class TrainConfig:
         4, "optimizer steps per rollout batch; each takes prompts-per-step / minibatches problems"
     )
     epochs: int = positive(1, "passes over each rollout batch")
-    tokens_per_microbatch: int = positive(16384, "padded tokens of one forward and backward pass (memory, not result)")
+    tokens_per_microbatch: int = positive(16384, "tokens of one forward and backward pass (memory, not result)")
     lr: float = positive(1e-6, "peak learning rate of AdamW")
     lr_schedule: str = option("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = at_least(0, 0, "optimizer steps of linear warm-up")
@@ -157,6 +166,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
             f"--minibatches must divide --prompts-per-step: expected a divisor of "
             f"{train.prompts_per_step}, got {train.minibatches}"
         )
+    if not (0 < train.top_p <= 1 and 0 <= train.min_p <= 1):
+        raise UserError(f"expected --top-p in (0, 1] and --min-p in [0, 1], got {train.top_p} and {train.min_p}")
     return Run(algo, train, own, options, Path(known.resume) if known.resume else None, given.dry_run)
 
 

@@ -37,12 +37,15 @@ from pymathrl.log import RunLog, StageTimer
 from pymathrl.loss import WORKSPACE_BYTES, LossReport, minibatch_loss
 from pymathrl.metrics import completion_stats
 from pymathrl.models import Policy, load, save
+from pymathrl.models.paged import Buffers, PagedCache
 from pymathrl.ops._call import WHY
+from pymathrl.ops.attention import PAGE
 from pymathrl.ops.policy_loss import STATS, merge_stats
 from pymathrl.optim import Optimizer, StepReport
 from pymathrl.prompt import Prompts, draw
 from pymathrl.report import plot_run
-from pymathrl.rollout import Engine
+from pymathrl.rollout import Engine, score
+from pymathrl.rollout.engine import PREFILL_ROWS
 from pymathrl.tasks import Task, load_task
 from pymathrl.verify import Verdicts, verify
 
@@ -100,15 +103,15 @@ def train(run: Run) -> int:
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
-    # fp32 on every device: a step of 1e-6 on a bf16 weight of 0.02 rounds to nothing (the spacing there is 1.2e-4)
-    policy = load(str(checkpoint or config.model), device, torch.float32)
+    policy = load(str(checkpoint or config.model), device, weight_dtype(config.dtype, device))
     config = fit_context(config, policy)
     run = replace(run, train=config)
     if config.prompt_style != "auto":
         policy = replace(policy, prompt_style=config.prompt_style)
     policy.model.train()
     optimizer = Optimizer(policy.model, config, config.steps * config.epochs * config.minibatches)
-    plan = describe(run, policy, device, threads)
+    memory = plan_memory(config, policy, device)
+    plan = describe(run, policy, device, threads, memory)
     if run.dry_run:
         print("\n".join(plan))
         return 0
@@ -134,7 +137,8 @@ def train(run: Run) -> int:
             log.note(line)
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
-        session = Session(run, policy, task, optimizer, state, log, out)
+        engine = Engine(policy, config.seed, max_batch=config.rollout_rows, max_pages=max(1, memory.pages))
+        session = Session(run, policy, engine, task, optimizer, state, log, out)
         session.loop(stop)
         if stop.asked and state.step < config.steps:
             log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.train --resume {out}")
@@ -152,6 +156,7 @@ class Session:
 
     run: Run
     policy: Policy
+    engine: Engine
     task: Task
     optimizer: Optimizer
     state: State
@@ -160,7 +165,6 @@ class Session:
 
     def __post_init__(self) -> None:
         self.timer = StageTimer(on_enter=self.log.stage)
-        self.engine = Engine(self.policy, self.run.train.seed, max_batch=self.run.train.rollout_rows)
         self.spec = self.run.algo.loss(self.run.own)
         self.started = time.perf_counter() - self.state.wall_s
         self.saved_step = self.state.step if self.run.resume is not None else -1
@@ -194,8 +198,12 @@ class Session:
         with timer("rollout"):
             rollout = self.engine.generate(
                 prompts.ids, config.samples_per_prompt, config.max_new_tokens, temperature=config.temperature,
+                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
                 uids=sample_uids(prompts.problems, config.samples_per_prompt),
             )  # fmt: skip
+            if config.old_logp == "recompute":
+                logp, mean_logp, entropy = score(policy, rollout, config.temperature, config.tokens_per_microbatch)
+                rollout = replace(rollout, logp=logp, mean_logp=mean_logp, entropy=entropy)
         with timer("verify"):
             verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
         metrics = rollout_metrics(rollout, verdicts, config.samples_per_prompt)
@@ -338,39 +346,73 @@ def new_run_dir(run: Run) -> Path:
     return out
 
 
-def describe(run: Run, policy: Policy, device: torch.device, threads: int) -> list[str]:
+def weight_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision that --dtype asks for on this device."""
+    if name == "bf16" and device.type == "cpu":
+        raise UserError("--dtype bf16: weights on a CPU are fp32; leave it out, or use --device cuda")
+    return torch.float32 if name == "fp32" or device.type == "cpu" else torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a run needs of the free memory, in bytes, besides its loaded weights: gradients, moments and master weights;
+    the activations of the largest micro-batch; the step buffers of generation. The KV cache gets the rest, as far as
+    it can use it: `pages`."""
+
+    free: int
+    update: int
+    activations: int
+    buffers: int
+    pages: int
+    page_bytes: int
+    wanted: int  # pages with which no sequence ever waits for memory
+
+    def line(self) -> str:
+        cache = self.pages * self.page_bytes
+        return (
+            f"memory    {_gib(self.free)} free: gradients and AdamW {_gib(self.update)}, activations "
+            f"{_gib(self.activations)}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
+            f"({self.pages:,} pages of {PAGE} tokens, {self.wanted:,} would hold every response at full length)"
+        )
+
+
+def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
+    model, m = policy.model, policy.config
+    count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
+    update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # a low-precision weight has a master and its grad
+    context = c.max_prompt_tokens + c.max_new_tokens
+    rows = c.prompts_per_step * c.samples_per_prompt
+    tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
+    heads = (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    kept = m.num_layers * (4 * m.hidden_size + heads + 3 * m.intermediate_size)  # per token, until the backward pass
+    kept += 4 * m.hidden_size + 4 * m.intermediate_size  # and what one layer's backward and the head hold beside it
+    activations = tokens * kept * size + WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
+    side = min(rows, c.rollout_rows)
+    buffers = Buffers.nbytes(model, max(c.rollout_rows, PREFILL_ROWS))
+    page, free = PagedCache.page_bytes(model), devices.free_bytes(device)
+    wanted = side * -(-context // PAGE) + c.prompts_per_step * -(-c.max_prompt_tokens // PAGE)
+    pages = max(0, min(wanted, (free - update - activations - buffers) // page))
+    return Memory(free, update, activations, buffers, pages, page, wanted)
+
+
+def describe(run: Run, policy: Policy, device: torch.device, threads: int, memory: Memory) -> list[str]:
     """The plan of a run, a few lines: model, kernels, memory, tokens per step."""
     c, m = run.train, policy.config
     count = sum(p.numel() for p in policy.model.parameters())
-    size = policy.model.embed.element_size()
     rows = c.prompts_per_step * c.samples_per_prompt
-    side = min(rows, c.rollout_rows)
-    context = c.max_prompt_tokens + c.max_new_tokens
-    update = count * 3 * size  # gradients and the two moments of AdamW; the weights are loaded already
-    logits = 2 * side * m.vocab_size * 4
-    cache = side * context * 2 * m.num_layers * m.num_kv_heads * m.head_dim * size + logits
-    micro = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
-    # kept for the backward pass per token and layer: about 12 vectors of width D, 5 of the MLP's width; then the head's
-    activations = micro * m.num_layers * (12 * m.hidden_size + 5 * m.intermediate_size) * size
-    activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
-    total, free = update + max(cache, activations), devices.free_bytes(device)
     where = f"{threads} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
     lines = [
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
-        f"memory    about {_gib(total)} at most of {_gib(free)} free: gradients and AdamW {_gib(update)}, "
-        f"then KV cache and logits {_gib(cache)} or activations {_gib(activations)}; "
-        f"weights {_gib(count * size)} are loaded",
+        memory.line(),
         f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "
         f"{c.max_new_tokens} tokens = {rows * c.max_new_tokens:,} tokens at most; "
         f"{c.epochs * c.minibatches} updates of {rows // c.minibatches} responses; {c.steps} steps",
     ]  # fmt: skip
-    if total > free:
-        lines.append(
-            "warning   this may not fit: lower --rollout-rows (KV cache) or --tokens-per-microbatch (activations)"
-        )
+    if memory.pages * PAGE < c.max_prompt_tokens + c.max_new_tokens:
+        lines.append("warning   this may not fit: lower --tokens-per-microbatch (activations) or --max-new-tokens")
     return lines
 
 

@@ -155,9 +155,9 @@ class Pass:
             width = (model.config.vocab_size + 7) // 8
             self.support = torch.empty(rows, width, dtype=torch.uint8, device=model.device)
         with torch.no_grad():
-            if not replay:
-                self._run: Callable[[], None] = self._once
-            else:
+            self._run: Callable[[], None] = self._once
+            if replay:
+                buffers.slot.fill_(-1)  # a recording runs or checks its first rows, and older ones need not fit
                 self._run = self._capture() if model.device.type == "cuda" else self._record()
 
     @torch.no_grad()
@@ -187,7 +187,6 @@ class Pass:
         return run
 
     def _capture(self) -> Callable[[], None]:
-        self.buffers.slot.fill_(-1)
         here, side = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
         side.wait_stream(here)
         with torch.cuda.stream(side):
