@@ -63,13 +63,14 @@ class _Rotary(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         qkv, position, rope, q_norm, k_norm = ctx.saved_tensors
+        heads, kv_heads, scale, eps = ctx.rest
         dout = dout.contiguous()
         dqkv, dw = torch.empty_like(dout), None
         if qkv is not None:
             dw = rope.new_empty(1 + _C.rotary_blocks(dout.shape[0]), 2 * rope.shape[1])
         _C.rotary_backward(
             optional_view(qkv), view(position), view(rope), optional_view(q_norm), optional_view(k_norm), view(dout),
-            view(dqkv), optional_view(dw), *ctx.rest, stream(dout),
+            view(dqkv), optional_view(dw), heads, kv_heads, scale, eps, stream(dout),
         )  # fmt: skip
         dq_norm, dk_norm = (None, None) if dw is None else dw[0].clone().chunk(2)
         return (
