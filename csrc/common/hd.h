@@ -57,11 +57,10 @@ HD float clamp_f32(float x, float lo, float hi) { return x < lo ? lo : (x > hi ?
 constexpr int kLanes = 16;
 
 HD float sum_lanes(const float* lane) {
-  float a[kLanes];
-  for (int i = 0; i < kLanes; ++i) a[i] = lane[i];
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) a[i] += a[i + width];
-  return a[0];
+  float a[kLanes / 2], b[kLanes / 4];
+  for (int i = 0; i < 8; ++i) a[i] = lane[i] + lane[i + 8];
+  for (int i = 0; i < 4; ++i) b[i] = a[i] + a[i + 4];
+  return (b[0] + b[2]) + (b[1] + b[3]);
 }
 
 }  // namespace pymathrl
