@@ -13,7 +13,9 @@
 #include "policy_loss.h"
 #include "rms_norm.h"
 #include "row_kernels.h"
+#include "rotary.h"
 #include "sample_token.h"
+#include "swiglu.h"
 #include "token_logprob.h"
 
 namespace py = pybind11;
@@ -344,12 +346,13 @@ void rms_norm(const Tensor& x, const Tensor* residual, const Tensor& weight, con
   RmsNormParams p{};
   p.rows = x.size[0];
   p.width = x.size[1];
-  p.x = args.dense<float>("x", x, {p.rows, p.width});
-  p.residual = args.optional<float>("residual", residual, {p.rows, p.width});
-  p.weight = args.dense<float>("weight", weight, {p.width});
-  p.sum = args.optional<float>("sum", sum, {p.rows, p.width});
+  p.dtype = args.activation_dtype("x", x);
+  p.x = args.dense("x", x, p.dtype, {p.rows, p.width});
+  p.residual = args.optional("residual", residual, p.dtype, {p.rows, p.width});
+  p.weight = args.dense("weight", weight, p.dtype, {p.width});
+  p.sum = args.optional("sum", sum, p.dtype, {p.rows, p.width});
   if (!p.sum != !p.residual) fail("rms_norm: sum is the output of x + residual; give both or neither");
-  p.y = args.dense<float>("y", y, {p.rows, p.width});
+  p.y = args.dense("y", y, p.dtype, {p.rows, p.width});
   p.rstd = args.optional<float>("rstd", rstd, {p.rows});
   p.eps = eps;
   launch(args, stream, p, rms_norm_cpu, CUDA_TWIN(rms_norm_cuda));
@@ -361,14 +364,84 @@ void rms_norm_backward(const Tensor& h, const Tensor& weight, const Tensor& rstd
   RmsNormGradParams p{};
   p.rows = h.size[0];
   p.width = h.size[1];
-  p.h = args.dense<float>("h", h, {p.rows, p.width});
-  p.weight = args.dense<float>("weight", weight, {p.width});
+  p.dtype = args.activation_dtype("h", h);
+  p.h = args.dense("h", h, p.dtype, {p.rows, p.width});
+  p.weight = args.dense("weight", weight, p.dtype, {p.width});
   p.rstd = args.dense<float>("rstd", rstd, {p.rows});
-  p.dy = args.dense<float>("dy", dy, {p.rows, p.width});
-  p.dh_out = args.optional<float>("dh_out", dh_out, {p.rows, p.width});
-  p.dh = args.dense<float>("dh", dh, {p.rows, p.width});
+  p.dy = args.dense("dy", dy, p.dtype, {p.rows, p.width});
+  p.dh_out = args.optional("dh_out", dh_out, p.dtype, {p.rows, p.width});
+  p.dh = args.dense("dh", dh, p.dtype, {p.rows, p.width});
   p.dw = args.dense<float>("dw", dw, {1 + rms_norm_blocks(p.rows), p.width});
   launch(args, stream, p, rms_norm_backward_cpu, CUDA_TWIN(rms_norm_backward_cuda));
+}
+
+RotaryParams rotary_params(const Args& args, const Tensor& qkv, const Tensor& position, const Tensor& rope,
+                           const Tensor* q_norm, const Tensor* k_norm, int64_t heads, int64_t kv_heads, float scale,
+                           float eps) {
+  RotaryParams p{};
+  p.dtype = args.activation_dtype("qkv", qkv);
+  p.rows = qkv.size[0];
+  p.heads = heads;
+  p.kv_heads = kv_heads;
+  p.head_dim = qkv.size[1] / (heads + 2 * kv_heads);
+  if (p.head_dim < 1 || p.head_dim % 8 || p.head_dim > kMaxHead)
+    fail("rotary: the head size must be a multiple of 8 and at most ", kMaxHead, ", got ", p.head_dim);
+  p.qkv = args.dense("qkv", qkv, p.dtype, {p.rows, (heads + 2 * kv_heads) * p.head_dim});
+  p.position = args.dense<int64_t>("position", position, {p.rows});
+  p.rope = args.dense<float>("rope", rope, {rope.size[0], p.head_dim});
+  for (int64_t row = 0; row < p.rows && !args.cuda(); ++row)  // on a GPU the check would wait for the device
+    if (p.position[row] < 0 || p.position[row] >= rope.size[0])
+      fail("rotary: position must be in [0, ", rope.size[0], "), got ", p.position[row], " in row ", row,
+           "; make the table rope longer");
+  p.q_norm = args.optional<float>("q_norm", q_norm, {p.head_dim});
+  p.k_norm = args.optional<float>("k_norm", k_norm, {p.head_dim});
+  p.scale = scale;
+  p.eps = eps;
+  return p;
+}
+
+void rotary(const Tensor& qkv, const Tensor& position, const Tensor& rope, const Tensor* q_norm, const Tensor* k_norm,
+            const Tensor& out, int64_t heads, int64_t kv_heads, float scale, float eps, uintptr_t stream) {
+  Args args("rotary", qkv);
+  RotaryParams p = rotary_params(args, qkv, position, rope, q_norm, k_norm, heads, kv_heads, scale, eps);
+  p.out = args.dense("out", out, p.dtype, {p.rows, qkv.size[1]});
+  launch(args, stream, p, rotary_cpu, CUDA_TWIN(rotary_cuda));
+}
+
+void rotary_backward(const Tensor* qkv, const Tensor& position, const Tensor& rope, const Tensor* q_norm,
+                     const Tensor* k_norm, const Tensor& dout, const Tensor& dqkv, const Tensor* dw, int64_t heads,
+                     int64_t kv_heads, float scale, float eps, uintptr_t stream) {
+  Args args("rotary_backward", dout);
+  RotaryGradParams p{};
+  p.forward = rotary_params(args, qkv ? *qkv : dout, position, rope, q_norm, k_norm, heads, kv_heads, scale, eps);
+  p.dout = args.dense("dout", dout, p.forward.dtype, {p.forward.rows, dout.size[1]});
+  p.dqkv = args.dense("dqkv", dqkv, p.forward.dtype, {p.forward.rows, dout.size[1]});
+  p.dw = args.optional<float>("dw", dw, {1 + rotary_blocks(p.forward.rows), 2 * p.forward.head_dim});
+  if ((q_norm || k_norm) && (!qkv || !dw)) fail("rotary_backward: norms need qkv and dw, got None");
+  launch(args, stream, p, rotary_backward_cpu, CUDA_TWIN(rotary_backward_cuda));
+}
+
+void swiglu(const Tensor& gate_up, const Tensor& out, uintptr_t stream) {
+  Args args("swiglu", gate_up);
+  SwigluParams p{};
+  p.rows = out.size[0];
+  p.width = out.size[1];
+  p.dtype = args.activation_dtype("gate_up", gate_up);
+  p.gate_up = args.dense("gate_up", gate_up, p.dtype, {p.rows, 2 * p.width});
+  p.out = args.dense("out", out, p.dtype, {p.rows, p.width});
+  launch(args, stream, p, swiglu_cpu, CUDA_TWIN(swiglu_cuda));
+}
+
+void swiglu_backward(const Tensor& gate_up, const Tensor& dout, const Tensor& dgate_up, uintptr_t stream) {
+  Args args("swiglu_backward", gate_up);
+  SwigluGradParams p{};
+  p.rows = dout.size[0];
+  p.width = dout.size[1];
+  p.dtype = args.activation_dtype("gate_up", gate_up);
+  p.gate_up = args.dense("gate_up", gate_up, p.dtype, {p.rows, 2 * p.width});
+  p.dout = args.dense("dout", dout, p.dtype, {p.rows, p.width});
+  p.dgate_up = args.dense("dgate_up", dgate_up, p.dtype, {p.rows, 2 * p.width});
+  launch(args, stream, p, swiglu_backward_cpu, CUDA_TWIN(swiglu_backward_cuda));
 }
 
 }  // namespace
@@ -440,4 +513,15 @@ PYBIND11_MODULE(_C, m) {
         py::arg("rstd"), py::arg("eps"), py::arg("stream"));
   m.def("rms_norm_backward", &rms_norm_backward, py::arg("h"), py::arg("weight"), py::arg("rstd"), py::arg("dy"),
         py::arg("dh_out"), py::arg("dh"), py::arg("dw"), py::arg("stream"));
+
+  m.def("rotary_blocks", &rotary_blocks, py::arg("rows"));
+  m.def("rotary", &rotary, py::arg("qkv"), py::arg("position"), py::arg("rope"), py::arg("q_norm"), py::arg("k_norm"),
+        py::arg("out"), py::arg("heads"), py::arg("kv_heads"), py::arg("scale"), py::arg("eps"), py::arg("stream"));
+  m.def("rotary_backward", &rotary_backward, py::arg("qkv"), py::arg("position"), py::arg("rope"), py::arg("q_norm"),
+        py::arg("k_norm"), py::arg("dout"), py::arg("dqkv"), py::arg("dw"), py::arg("heads"), py::arg("kv_heads"),
+        py::arg("scale"), py::arg("eps"), py::arg("stream"));
+
+  m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("stream"));
+  m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
+        py::arg("stream"));
 }

@@ -4,7 +4,9 @@
 #include "attention.h"
 #include "common/tensor.h"
 #include "rms_norm.h"
+#include "rotary.h"
 #include "row_kernels.h"
+#include "swiglu.h"
 
 // The files of PYMATHRL_LEVEL_OPS (CMakeLists.txt) are compiled once per processor level, each into the namespace of its
 // level; here the level is chosen, once, when the first kernel runs.
@@ -73,6 +75,10 @@ BY_LEVEL(attention_backward_cpu, AttentionParams)
 BY_LEVEL(paged_attention_cpu, PagedAttentionParams)
 BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
+BY_LEVEL(rotary_cpu, RotaryParams)
+BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
+BY_LEVEL(swiglu_cpu, SwigluParams)
+BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
 
 const RowKernels& row_kernels() { return *level().kernels; }
 const char* simd_level() { return level().name; }

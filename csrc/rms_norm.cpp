@@ -9,26 +9,13 @@ namespace {
 
 constexpr int64_t kGrainElements = 32768;  // about 10 us of work
 
-// Calls part(j, count) for each sixteen elements of a row; count < 16 at its end.
-template <class Part> HD void for_parts(int64_t width, Part part) {
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) part(j, int64_t{kLanes});
-  if (j < width) part(j, width - j);
-}
-HD f32x16 load_some(const float* p, int64_t count) { return count == kLanes ? load16(p) : load_part(p, count, 0.0f); }
-HD void store_some(float* p, int64_t count, f32x16 x) {
-  if (count == kLanes)
-    store16(p, x);
-  else
-    store_part(p, count, x);
-}
-
 void forward_row(const RmsNormParams& p, int64_t row) {
-  const float* h = p.x + row * p.width;
+  const int64_t start = row * p.width;
+  const float *h = static_cast<const float*>(p.x) + start, *weight = static_cast<const float*>(p.weight);
   f32x16 squares = splat(0.0f);
   if (p.residual) {
-    const float *x = h, *r = p.residual + row * p.width;
-    float* sum = p.sum + row * p.width;
+    const float *x = h, *r = static_cast<const float*>(p.residual) + start;
+    float* sum = static_cast<float*>(p.sum) + start;
     for_parts(p.width, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
       f32x16 value = load_some(x + j, count) + load_some(r + j, count);
       store_some(sum + j, count, value);
@@ -43,28 +30,30 @@ void forward_row(const RmsNormParams& p, int64_t row) {
   }
   float rstd = rms_norm_rstd(sum_lanes(squares), p.width, p.eps);
   if (p.rstd) p.rstd[row] = rstd;
-  float* y = p.y + row * p.width;
+  float* y = static_cast<float*>(p.y) + start;
   for_parts(p.width, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-    store_some(y + j, count, load_some(h + j, count) * rstd * load_some(p.weight + j, count));
+    store_some(y + j, count, load_some(h + j, count) * rstd * load_some(weight + j, count));
   });
 }
 
 void backward_row(const RmsNormGradParams& p, int64_t row, float* dw) {
-  const float *h = p.h + row * p.width, *dy = p.dy + row * p.width;
-  const float* more = p.dh_out ? p.dh_out + row * p.width : nullptr;
+  const int64_t start = row * p.width;
+  const float *h = static_cast<const float*>(p.h) + start, *dy = static_cast<const float*>(p.dy) + start;
+  const float *weight = static_cast<const float*>(p.weight), *more = static_cast<const float*>(p.dh_out);
+  float* dh = static_cast<float*>(p.dh) + start;
   const float rstd = p.rstd[row];
   f32x16 products = splat(0.0f);
   for_parts(p.width, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
     f32x16 d = load_some(dy + j, count), value = load_some(h + j, count);
-    products += d * load_some(p.weight + j, count) * value;
+    products += d * load_some(weight + j, count) * value;
     store_some(dw + j, count, load_some(dw + j, count) + d * value * rstd);
   });
   const float mean = sum_lanes(products) / static_cast<float>(p.width);
   for_parts(p.width, [&](int64_t j, int64_t count) __attribute__((always_inline)) {
-    f32x16 d = load_some(dy + j, count) * load_some(p.weight + j, count);
+    f32x16 d = load_some(dy + j, count) * load_some(weight + j, count);
     f32x16 gradient = rms_norm_grad(load_some(h + j, count), d, rstd, mean);
-    if (more) gradient += load_some(more + j, count);
-    store_some(p.dh + row * p.width + j, count, gradient);
+    if (more) gradient += load_some(more + start + j, count);
+    store_some(dh + j, count, gradient);
   });
 }
 
@@ -86,11 +75,7 @@ void rms_norm_backward_cpu(const RmsNormGradParams& p) {
       for (int64_t row = block * kNormRows; row < last; ++row) backward_row(p, row, dw);
     }
   });
-  for (int64_t j = 0; j < p.width; ++j) {
-    double sum = 0;
-    for (int64_t block = 1; block <= blocks; ++block) sum += p.dw[block * p.width + j];
-    p.dw[j] = static_cast<float>(sum);
-  }
+  sum_blocks(p.dw, blocks, p.width);
 }
 
 }  // namespace PYMATHRL_LEVEL

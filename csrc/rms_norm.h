@@ -1,7 +1,7 @@
 // rms_norm: h = x + r (or h = x), y = h * rstd * w, rstd = 1 / sqrt(mean(h^2) + eps)   (Zhang & Sennrich, arXiv 1910.07467)
 //   dh = rstd (w dy - h rstd^2 mean(w dy h)) + dh_out, dw = sum over rows of dy h rstd;  dx = dr = dh.
-// N rows, D width, fp32. Bytes: forward 8ND, with the sum 16ND; backward 12ND, with the gradient of h 16ND. About one
-// flop per byte: memory-bound; torch's own kernel on a CPU makes several passes.
+// N rows, D width. Bytes in fp32 (bf16: half): forward 8ND, with the sum 16ND; backward 12ND, with the gradient of h
+// 16ND. About one flop per byte: memory-bound; torch's own kernel on a CPU makes several passes.
 #pragma once
 #include "common/row_softmax.h"
 
@@ -10,24 +10,26 @@ namespace pymathrl {
 constexpr int64_t kNormRows = 32;  // rows whose dw adds up in fp32; such sums add up in double, in order (256 rows: 3x the error)
 
 struct RmsNormParams {
-  const float* x;         // [N,D]
-  const float* residual;  // [N,D] or null
-  const float* weight;    // [D]
-  float* sum;             // [N,D] out: h; null where residual is
-  float* y;               // [N,D] out
-  float* rstd;            // [N] out, or null
+  DType dtype;           // T: fp32; on a GPU also bf16, with h rounded to it before the norm, as a model without fusion does
+  const void* x;         // [N,D] T
+  const void* residual;  // [N,D] T or null
+  const void* weight;    // [D] T
+  void* sum;             // [N,D] T out: h, may be x or residual; null where residual is
+  void* y;               // [N,D] T out
+  float* rstd;           // [N] out, or null
   int64_t rows, width;
   float eps;
 };
 
 struct RmsNormGradParams {
-  const float* h;        // [N,D]
-  const float* weight;   // [D]
-  const float* rstd;     // [N] of the forward
-  const float* dy;       // [N,D]
-  const float* dh_out;   // [N,D] gradient that reaches h on its other way, or null
-  float* dh;             // [N,D] out
-  float* dw;             // [1 + ceil(N/kNormRows), D]: row 0 out, the rest the sums of the blocks
+  DType dtype;         // T
+  const void* h;       // [N,D] T
+  const void* weight;  // [D] T
+  const float* rstd;   // [N] of the forward
+  const void* dy;      // [N,D] T
+  const void* dh_out;  // [N,D] T gradient that reaches h on its other way, or null
+  void* dh;            // [N,D] T out
+  float* dw;           // [1 + ceil(N/kNormRows), D]: row 0 out, the rest the sums of the blocks
   int64_t rows, width;
 };
 
@@ -45,6 +47,19 @@ HD float rms_norm_rstd(float sum_of_squares, int64_t width, float eps) {
 // dh of an element; mean = mean over the row of w dy h. F: float or f32x16.
 template <class F> HD F rms_norm_grad(F h, F weighted_dy, float rstd, float mean) {
   return (weighted_dy - h * (rstd * rstd * mean)) * rstd;
+}
+
+// Row 0 becomes the sum of rows 1..blocks, each column in double and in order.
+HD void sum_blocks(float* rows, int64_t blocks, int64_t width) {
+  const auto add = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
+    double sum[kLanes] = {};
+    for (int64_t block = 1; block <= blocks; ++block)
+      for (int64_t j = 0; j < count; ++j) sum[j] += rows[block * width + begin + j];
+    for (int64_t j = 0; j < count; ++j) rows[begin + j] = static_cast<float>(sum[j]);
+  };
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) add(j, kLanes);
+  if (j < width) add(j, width - j);
 }
 
 }  // namespace pymathrl

@@ -9,6 +9,48 @@
 
 namespace pymathrl {
 
+// Backward: u = scale R^T dout is dy; then rms_norm's, head by head, with dw summed over tokens and heads.
+// T tokens, C = (H+2K)E columns. Bytes in fp32 (bf16: half): forward 8TC, backward 8TC, with norms 12TC: memory-bound.
+constexpr int64_t kRotaryRows = 4;  // tokens whose dw adds up in fp32; such sums add up in double, in order
+
+struct RotaryParams {
+  DType dtype;              // T of qkv and out: fp32, on a GPU also bf16
+  const void* qkv;          // [N,(H+2K)E] T
+  const int64_t* position;  // [N] rows of rope
+  const float* rope;        // [P,E]
+  const float* q_norm;      // [E] or null: no norm
+  const float* k_norm;      // [E] or null
+  void* out;                // [N,(H+2K)E] T out
+  int64_t rows, heads, kv_heads, head_dim;
+  float scale, eps;  // scale: of the query heads
+};
+
+struct RotaryGradParams {
+  RotaryParams forward;  // out unused; qkv null where there are no norms
+  const void* dout;      // [N,(H+2K)E] T
+  void* dqkv;            // [N,(H+2K)E] T out
+  float* dw;             // [1 + ceil(N/kRotaryRows), 2E]: of q_norm and k_norm, row 0 out, the rest the sums of the blocks
+};
+
+void rotary_cpu(const RotaryParams& p);
+void rotary_cuda(const RotaryParams& p, int device, void* stream);
+void rotary_backward_cpu(const RotaryGradParams& p);
+void rotary_backward_cuda(const RotaryGradParams& p, int device, void* stream);
+
+inline int64_t rotary_blocks(int64_t rows) { return (rows + kRotaryRows - 1) / kRotaryRows; }
+
+// How head `index` of a row is prepared: queries, keys, then values, which pass.
+struct HeadKind {
+  const float* norm;
+  float scale;
+  bool turned;
+};
+HD HeadKind head_kind(const RotaryParams& p, int64_t index) {
+  if (index < p.heads) return {p.q_norm, p.scale, true};
+  if (index < p.heads + p.kv_heads) return {p.k_norm, 1.0f, true};
+  return {nullptr, 1.0f, false};
+}
+
 struct HeadPair {
   float low, high;  // elements j and j+h
 };
@@ -16,6 +58,8 @@ struct HeadPair {
 HD HeadPair turn_pair(HeadPair y, float cosine, float sine, float scale) {
   return {(y.low * cosine - y.high * sine) * scale, (y.high * cosine + y.low * sine) * scale};
 }
+
+HD HeadPair turn_back(HeadPair dy, float cosine, float sine, float scale) { return turn_pair(dy, cosine, -sine, scale); }
 
 HD float head_rstd(const float* x, int64_t head_dim, float eps) {
   float lane[kLanes] = {};
@@ -34,8 +78,9 @@ HD void prepare_head(const float* x, const float* norm, const float* rope, int64
     const float rstd = head_rstd(x, head_dim, eps);
 #pragma omp simd
     for (int64_t j = 0; j < half; ++j) {
-      HeadPair y = {x[j] * rstd * norm[j], x[j + half] * rstd * norm[j + half]};
-      y = turn_pair(y, rope[j], rope[j + half], scale);
+      // Not a HeadPair: gcc makes no vectors of a loop that stores one, and the op took 3 times as long.
+      const float low = x[j] * rstd * norm[j], high = x[j + half] * rstd * norm[j + half];
+      HeadPair y = turn_pair({low, high}, rope[j], rope[j + half], scale);
       out[j] = y.low, out[j + half] = y.high;
     }
   } else {

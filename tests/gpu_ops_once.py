@@ -17,8 +17,10 @@ from pymathrl.ops._call import _C, DTYPES, view
 from pymathrl.ops.attention import attention, decode_attention
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
 from pymathrl.ops.policy_loss import policy_loss
-from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
+from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
+from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.swiglu import swiglu, swiglu_out
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 ROWS, VOCAB = 7, 1031  # a prime: the last vector of each row is a partial one
@@ -90,12 +92,37 @@ def run_attention(device: str) -> None:
         decode_attention(step, angle, cache, pad, 18, heads, kv_heads, 0.2)
 
 
+def activations(device: str) -> tuple[torch.dtype, ...]:
+    return (torch.float32, torch.bfloat16) if device == "cuda" else (torch.float32,)
+
+
 def run_rms_norm(device: str) -> None:
-    x = torch.randn(517, 131).to(device).requires_grad_()
-    weight = torch.rand(131).to(device).requires_grad_()
-    rms_norm(x, weight, 1e-6).sum().backward()
-    h, y = add_rms_norm(x, x, weight, 1e-6)
-    (h + y).sum().backward()
+    for dtype in activations(device):
+        for width in (131, 2056):  # odd, and more vectors than threads
+            x = torch.randn(517, width).to(dtype).to(device).requires_grad_()
+            weight = torch.rand(width).to(dtype).to(device).requires_grad_()
+            rms_norm(x, weight, 1e-6).sum().backward()
+            h, y = add_rms_norm(x, x, weight, 1e-6)
+            (h + y).sum().backward()
+            rms_norm_out(x.detach(), weight.detach(), y.detach(), 1e-6, h.detach(), h.detach())
+
+
+def run_rotary(device: str) -> None:
+    rope = torch.randn(50, 40).to(device)
+    position = (torch.arange(ROWS) * 7).to(device)
+    for dtype in activations(device):
+        qkv = torch.randn(ROWS, 9 * 40).to(dtype).to(device).requires_grad_()
+        norms = torch.rand(2, 40).to(dtype).to(device).requires_grad_()
+        rotary(qkv, position, rope, 5, 2, 0.2).sum().backward()
+        rotary(qkv, position, rope, 5, 2, 0.2, norms[0], norms[1]).sum().backward()
+
+
+def run_swiglu(device: str) -> None:
+    for dtype in activations(device):
+        for width in (131, 2056):
+            gate_up = torch.randn(ROWS, 2 * width).to(dtype).to(device).requires_grad_()
+            swiglu(gate_up).sum().backward()
+            swiglu_out(gate_up.detach(), torch.empty(ROWS, width, dtype=dtype, device=device))
 
 
 RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
@@ -105,6 +132,8 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "sample_token": run_sample_token,
     "attention": run_attention,
     "rms_norm": run_rms_norm,
+    "rotary": run_rotary,
+    "swiglu": run_swiglu,
 }
 
 

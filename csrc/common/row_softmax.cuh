@@ -208,6 +208,12 @@ template <class Launch> void with_team(int64_t width, const Launch& launch) {
     launch(std::integral_constant<int, kLargeTeam>());
 }
 
+template <class Launch> void with_activations(DType dtype, const Launch& launch) {
+  if (dtype == DType::f32)
+    launch(float());
+  else
+    launch(bf16());
+}
 template <class Launch> void with_logits(DType dtype, const Launch& launch) {
   if (dtype == DType::f32)
     launch(float());

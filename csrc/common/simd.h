@@ -71,6 +71,7 @@ LANE_OPERATOR(u32x16, uint32_t, mask16, >)
 LANE_OPERATOR(u32x16, uint32_t, mask16, >=)
 #undef LANE_OPERATOR
 
+HD f32x16 operator/(float a, f32x16 b) { return splat(a) / b; }
 HD u32x16 operator<<(u32x16 a, int bits) {
   for (int i = 0; i < kParts; ++i) a.part[i] <<= bits;
   return a;
@@ -150,6 +151,20 @@ template <class Out> HD void store_part(Out* p, int64_t count, f32x16 x) {
   float y[kLanes];
   store16(y, x);
   for (int64_t lane = 0; lane < count; ++lane) p[lane] = from_f32<Out>(y[lane]);
+}
+
+// Calls part(j, count) for each sixteen elements of a row; count < 16 at its end.
+template <class Part> HD void for_parts(int64_t width, Part part) {
+  int64_t j = 0;
+  for (; j + kLanes <= width; j += kLanes) part(j, int64_t{kLanes});
+  if (j < width) part(j, width - j);
+}
+HD f32x16 load_some(const float* p, int64_t count) { return count == kLanes ? load16(p) : load_part(p, count, 0.0f); }
+HD void store_some(float* p, int64_t count, f32x16 x) {
+  if (count == kLanes)
+    store16(p, x);
+  else
+    store_part(p, count, x);
 }
 
 // True in the lanes below `count`.

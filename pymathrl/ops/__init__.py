@@ -15,8 +15,10 @@ from pymathrl.ops.attention import (
 )
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
-from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
+from pymathrl.ops.rotary import rotary, rotary_ref
 from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
+from pymathrl.ops.swiglu import swiglu, swiglu_out, swiglu_ref
 from pymathrl.ops.token_logprob import (
     TokenLogprob,
     token_logprob,
@@ -47,9 +49,15 @@ __all__ = [
     "policy_loss",
     "policy_loss_ref",
     "rms_norm",
+    "rms_norm_out",
     "rms_norm_ref",
+    "rotary",
+    "rotary_ref",
     "sample_token",
     "sample_token_ref",
+    "swiglu",
+    "swiglu_out",
+    "swiglu_ref",
     "token_logprob",
     "token_logprob_backward_",
     "token_logprob_backward_ref",

@@ -12,7 +12,8 @@ from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension. x [...,D] fp32, weight [D] fp32 -> [...,D].
 
-    Differentiable in x and weight; the sum of weight's gradient runs in one order, whatever the number of threads.
+    On a GPU both may be bf16; the arithmetic is in fp32. Differentiable in x and weight; the sum of weight's gradient
+    runs in one order, whatever the number of threads.
     Raises ValueError for another dtype, shape or device.
     """
     if use_reference():
@@ -25,7 +26,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 def add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(h, rms_norm(h, weight, eps)) with h = x + residual, in one pass. All [...,D] fp32; differentiable in all."""
+    """(h, rms_norm(h, weight, eps)) with h = x + residual, in one pass. Differentiable; shapes as in rms_norm."""
     if x.shape != residual.shape:
         raise ValueError(f"rms_norm: x and residual must agree, got {list(x.shape)} and {list(residual.shape)}")
     if use_reference():
@@ -33,6 +34,26 @@ def add_rms_norm(
     if torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad or weight.requires_grad):
         return _RmsNorm.apply(x, residual, weight, eps)
     return _forward(x.contiguous(), residual.contiguous(), weight, eps, None)
+
+
+def rms_norm_out(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    y: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    sum: torch.Tensor | None = None,
+) -> None:
+    """rms_norm, or with residual and sum add_rms_norm, into y [N,D] (and sum [N,D]), without gradients and without
+    allocating: for buffers that stay where they are. All contiguous; sum may be x or residual itself.
+    """
+    if use_reference():
+        h = x if residual is None else torch.add(x, residual, out=sum)
+        y.copy_(rms_norm_ref(h, weight, eps))
+    else:
+        _C.rms_norm(
+            view(x), optional_view(residual), view(weight), optional_view(sum), view(y), None, eps, stream(x)
+        )  # fmt: skip
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -57,7 +78,7 @@ class _RmsNorm(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x = x.contiguous()
-        rstd = x.new_empty(x.numel() // x.shape[-1])
+        rstd = x.new_empty(x.numel() // x.shape[-1], dtype=torch.float32)
         h, y = _forward(x, None if residual is None else residual.contiguous(), weight, eps, rstd)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(h, weight, rstd)
@@ -73,12 +94,12 @@ class _RmsNorm(torch.autograd.Function):
         dy = dy.contiguous()
         dh_out = None if dh_out is None else dh_out.contiguous()
         dh = torch.empty_like(h)
-        dw = h.new_empty(1 + _C.rms_norm_blocks(rstd.numel()), h.shape[-1])
+        dw = rstd.new_empty(1 + _C.rms_norm_blocks(rstd.numel()), h.shape[-1])
         _C.rms_norm_backward(
             view(_rows(h)), view(weight), view(rstd), view(_rows(dy)),
             None if dh_out is None else view(_rows(dh_out)), view(_rows(dh)), view(dw), stream(h),
         )  # fmt: skip
-        return dh, dh if ctx.added else None, dw[0], None
+        return dh, dh if ctx.added else None, dw[0].to(weight.dtype, copy=True), None
 
 
 def rms_norm_ref(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from policy_cases import call, draw
 
-from pymathrl.ops import aggregation_coef, group_advantage, group_advantage_ref
+from pymathrl.ops import (
+    aggregation_coef,
+    group_advantage,
+    group_advantage_ref,
+    rotary,
+    rotary_ref,
+    swiglu,
+    swiglu_ref,
+)
 from pymathrl.ops.policy_loss import STATS
 from tests.oracle import accepts, relative_l2
 
@@ -202,3 +211,127 @@ def test_wrong_advantages_are_refused(name):
     ref64 = group_advantage_ref(REWARD.double(), GROUPS, **right).advantage
     assert accepts(group_advantage(REWARD, GROUPS, **right).advantage, ref32, ref64)
     assert not accepts(group_advantage(REWARD, GROUPS, **wrong).advantage, ref32, ref64)
+
+
+HEADS, KV_HEADS, HEAD, SCALE = 3, 1, 16, 0.25
+GENERATOR = torch.Generator().manual_seed(4)
+QKV, DQKV = torch.randn(2, 40, (HEADS + 2 * KV_HEADS) * HEAD, generator=GENERATOR)
+Q_NORM, K_NORM = 1 + 0.3 * torch.randn(2, HEAD, generator=GENERATOR)
+PHASE = torch.outer(torch.arange(40.0), 100.0 ** -(torch.arange(0, HEAD, 2) / HEAD))
+ROPE = torch.cat([PHASE.cos(), PHASE.sin()], -1)
+
+
+def rotated(op=rotary_ref, x=QKV, rope=ROPE, position=None, scale=SCALE, norms=(Q_NORM, K_NORM), dtype=torch.float64):
+    """Value and gradients of x and the norms, one after another."""
+    x, q, k = (t.to(dtype).requires_grad_() for t in (x, *norms))
+    position = torch.arange(40) if position is None else position
+    out = op(x, position, rope.to(dtype), HEADS, KV_HEADS, scale, q, k)
+    return [out.detach(), *torch.autograd.grad(out, (x, q, k), DQKV.to(dtype))]
+
+
+def interleaved(x: torch.Tensor) -> torch.Tensor:
+    """A head as the layout of pairs (2j, 2j+1) would see it."""
+    return x.unflatten(-1, (-1, HEAD // 2, 2)).transpose(-1, -2).flatten(-3)
+
+
+def norm_after_rotation(x, position, rope, heads, kv_heads, scale, q_norm, k_norm):
+    turned = rotary_ref(x, position, rope, heads, kv_heads, 1.0).unflatten(-1, (-1, HEAD))
+    normed = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + 1e-6)
+    q, k, v = normed[:, :heads] * q_norm * scale, normed[:, heads:-kv_heads] * k_norm, turned[:, -kv_heads:]
+    return torch.cat([q, k, v], 1).flatten(1)
+
+
+def norm_of_the_whole_projection(x, position, rope, heads, kv_heads, scale, q_norm, k_norm):
+    q, k, v = x.split([heads * HEAD, kv_heads * HEAD, kv_heads * HEAD], -1)
+    q, k = (part * torch.rsqrt(part.square().mean(-1, keepdim=True) + 1e-6) for part in (q, k))
+    q, k = q * q_norm.repeat(heads), k * k_norm.repeat(kv_heads)
+    return rotary_ref(torch.cat([q, k, v], -1), position, rope, heads, kv_heads, scale)
+
+
+ROTARY_MUTANTS = {
+    "rotated back": lambda: rotated(rope=torch.cat([PHASE.cos(), -PHASE.sin()], -1)),
+    "sines before cosines": lambda: rotated(rope=torch.cat([PHASE.sin(), PHASE.cos()], -1)),
+    "interleaved pairs": lambda: rotated(x=interleaved(QKV)),
+    "norm after rotation": lambda: rotated(norm_after_rotation),
+    "norm over all heads": lambda: rotated(norm_of_the_whole_projection),
+    "norms swapped": lambda: rotated(norms=(K_NORM, Q_NORM)),
+    "position shifted by one": lambda: rotated(position=torch.arange(40).roll(1)),
+    "scale on the keys too": lambda: rotated(
+        lambda x, *rest: (
+            rotary_ref(x, *rest) * torch.cat([torch.ones(HEADS * HEAD), torch.full((HEAD,), SCALE), torch.ones(HEAD)])
+        )
+    ),
+    "no scale": lambda: rotated(scale=1.0),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY_MUTANTS)
+def test_wrong_rotations_are_refused(name):
+    ref32, ref64 = rotated(dtype=torch.float32), rotated()
+    for ours, a, b, wrong in zip(
+        rotated(rotary, dtype=torch.float32), ref32, ref64, ROTARY_MUTANTS[name](), strict=True
+    ):
+        assert accepts(ours, a, b)
+        if wrong.shape == QKV.shape:  # a norm's gradient may be right by itself
+            assert not accepts(wrong.float(), a, b)
+
+
+def test_wrong_rotary_gradients_are_refused():
+    ref32, ref64 = rotated(dtype=torch.float32), rotated()
+    _, dx, dq, dk = ref64
+    back = rotary_ref(
+        DQKV.double(), torch.arange(40), torch.cat([PHASE.cos(), -PHASE.sin()], -1).double(), HEADS, KV_HEADS, SCALE
+    )
+    mutants = {
+        1: [back, dx * torch.cat([torch.ones(64), torch.zeros(16)]), -dx],  # no norm; dv dropped
+        2: [dk, dq / HEADS, dq / SCALE],
+        3: [dq, dk / 40, 2 * dk],
+    }
+    for which, wrong in mutants.items():
+        for mutant in wrong:
+            assert not accepts(mutant.float(), ref32[which], ref64[which])
+
+
+GATE_UP = 3 * torch.randn(50, 2 * 24, generator=GENERATOR)
+DOUT = torch.randn(50, 24, generator=GENERATOR)
+
+
+def activated(op, dtype=torch.float64):
+    x = GATE_UP.to(dtype).requires_grad_()
+    out = op(x)
+    return out.detach(), torch.autograd.grad(out, x, DOUT.to(dtype))[0]
+
+
+def halves(formula):
+    return lambda x: formula(*x.chunk(2, -1))
+
+
+SWIGLU_MUTANTS = {
+    "silu(up) * gate": halves(lambda gate, up: F.silu(up) * gate),
+    "gate and up interleaved": lambda x: F.silu(x[:, 0::2]) * x[:, 1::2],
+    "gelu for silu": halves(lambda gate, up: F.gelu(gate) * up),
+    "sigmoid for silu": halves(lambda gate, up: gate.sigmoid() * up),
+    "quick gelu": halves(lambda gate, up: gate * (1.702 * gate).sigmoid() * up),
+    "relu for silu": halves(lambda gate, up: gate.relu() * up),
+}
+
+
+@pytest.mark.parametrize("name", SWIGLU_MUTANTS)
+def test_wrong_activations_are_refused(name):
+    ref32, ref64 = activated(swiglu_ref, torch.float32), activated(swiglu_ref)
+    for ours, a, b, wrong in zip(
+        activated(swiglu, torch.float32), ref32, ref64, activated(SWIGLU_MUTANTS[name]), strict=True
+    ):
+        assert accepts(ours, a, b)
+        assert not accepts(wrong.float(), a, b)
+
+
+def test_wrong_slopes_of_the_activation_are_refused():
+    gate, up = GATE_UP.double().chunk(2, -1)
+    s, dout = gate.sigmoid(), DOUT.double()
+    ref32, ref64 = activated(swiglu_ref, torch.float32)[1], activated(swiglu_ref)[1]
+    dup = dout * gate * s
+    assert accepts(torch.cat([dout * up * s * (1 + gate * (1 - s)), dup], -1).float(), ref32, ref64)
+    for slope in (s, s * (1 - s), s * (1 - gate * (1 - s)), s * (1 + gate * s)):
+        assert not accepts(torch.cat([dout * up * slope, dup], -1).float(), ref32, ref64)
+    assert not accepts(torch.cat([dup, dout * up * s * (1 + gate * (1 - s))], -1).float(), ref32, ref64)

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
+from pymathrl import _C
+from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
 from tests.oracle import accepts, assert_accurate
 
 EPS = 1e-6
@@ -99,6 +100,61 @@ def test_without_gradients_equals_with() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain, graph, strict=True))
 
 
+def test_a_row_is_alone(device: str) -> None:
+    """The bits of a row depend on no other row, forward and backward."""
+    x, residual, weight, dh, dy = (t.to(device) for t in inputs(70, 45))
+    whole = run(add_rms_norm, [x, residual, weight, dh, dy], True)
+    for row in (0, 33, 69):
+        part = [x[row : row + 1], residual[row : row + 1], weight, dh[row : row + 1], dy[row : row + 1]]
+        single = run(add_rms_norm, part, True)
+        assert all(torch.equal(single[name][0], whole[name][row]) for name in ("h", "y", "dx"))
+
+
+@pytest.mark.parametrize("width", [45, 64])
+def test_into_buffers_and_in_place(device: str, width: int) -> None:
+    x, residual, weight, _, _ = (t.to(device) for t in inputs(9, width))
+    y, total = torch.empty_like(x), torch.empty_like(x)
+    rms_norm_out(x, weight, y, EPS)
+    assert torch.equal(y, rms_norm(x, weight, EPS))
+    expected = add_rms_norm(x, residual, weight, EPS)
+    rms_norm_out(x, weight, y, EPS, residual, total)
+    assert all(torch.equal(a, b) for a, b in zip((total, y), expected, strict=True))
+    for where in (0, 1):
+        pair = [x.clone(), residual.clone()]
+        rms_norm_out(pair[0], weight, y, EPS, pair[1], sum=pair[where])
+        assert all(torch.equal(a, b) for a, b in zip((pair[where], y), expected, strict=True))
+        assert torch.equal(pair[1 - where], (x, residual)[1 - where])
+
+
+def test_recorded_call_reads_its_buffers_again() -> None:
+    x, residual, weight, _, _ = inputs(3, 40)
+    stream, y = residual.clone(), torch.empty_like(x)
+    program = _C.Program()
+    program.begin()
+    rms_norm_out(x, weight, y, EPS, stream, stream)
+    program.end()
+    assert torch.equal(stream, residual)  # recorded, not run
+    program.run()
+    program.run()
+    h, expected = add_rms_norm(x, x + residual, weight, EPS)
+    assert torch.equal(stream, h)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("added", [False, True])
+def test_bfloat16(device: str, added: bool) -> None:
+    if device == "cpu":
+        pytest.skip("on a CPU the op is fp32")
+    tensors = [t.bfloat16() for t in inputs(257, 96)]
+    if added:
+        tensors[1] = tensors[0] / 2 - tensors[0]  # a sum that bf16 holds exactly: its rounding is not the norm's error
+    ours = run(add_rms_norm if added else rms_norm, [t.to(device) for t in tensors], added)
+    exact = run(add_rms_norm_ref if added else rms_norm_ref, [t.double() for t in tensors], added)
+    for name, value in exact.items():
+        assert_accurate(ours[name].float(), value.bfloat16().float(), value, name)
+
+
 def test_arguments_are_checked() -> None:
     with pytest.raises(ValueError, match="x and residual must agree"):
         add_rms_norm(torch.zeros(2, 4), torch.zeros(3, 4), torch.ones(4), EPS)
@@ -106,3 +162,10 @@ def test_arguments_are_checked() -> None:
         rms_norm(torch.zeros(2, 4), torch.ones(5), EPS)
     with pytest.raises(ValueError, match="x must be float32"):
         rms_norm(torch.zeros(2, 4).double(), torch.ones(4), EPS)
+    with pytest.raises(ValueError, match="x must be float32 on a CPU, got bfloat16"):
+        rms_norm(torch.zeros(2, 4).bfloat16(), torch.ones(4).bfloat16(), EPS)
+    x = torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="give both or neither"):
+        rms_norm_out(x, torch.ones(4), torch.empty(2, 4), EPS, residual=x)
+    with pytest.raises(ValueError, match="y must have shape"):
+        rms_norm_out(x, torch.ones(4), torch.empty(3, 4), EPS)

@@ -1,4 +1,4 @@
-"""The row kernels give the same bits on every processor level, and refuse a level that is not there."""
+"""The kernels compiled per level give the same bits on every processor level, and refuse a level that is not there."""
 
 from __future__ import annotations
 
@@ -6,19 +6,23 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from pymathrl import _C
+from pymathrl.ops.rms_norm import add_rms_norm
+from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.swiglu import swiglu
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 LEVELS = {"base": ("base",), "v3": ("base", "v3"), "v4": ("base", "v3", "v4")}[_C.simd_level()]
 
 
 def digest() -> str:
-    """A hash of everything that the row kernels compute, over widths with and without a rest, and all dtypes."""
+    """A hash of everything that these kernels compute, over widths with and without a rest, and all dtypes."""
     h = hashlib.sha256()
     generator = torch.Generator().manual_seed(0)
     for width in (5, 48, 1000, 4111):
@@ -37,7 +41,38 @@ def digest() -> str:
                 results += sample_token(z, 1, where, where, **kw)
             for x in results:
                 h.update(x.numpy().tobytes())
+    for results in (*layer_parts(generator), *heads(generator)):
+        for x in results:
+            h.update(x.detach().numpy().tobytes())
     return h.hexdigest()
+
+
+def with_gradients(op: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]], *inputs: torch.Tensor) -> list:
+    leaves = [x.requires_grad_() for x in inputs]
+    out = op(*leaves)
+    outs = [out] if isinstance(out, torch.Tensor) else list(out)
+    return outs + list(torch.autograd.grad(outs, leaves, [x.detach().sin() for x in outs]))
+
+
+def layer_parts(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
+    for width in (5, 64, 1003):
+        x, residual, gate, up = 4 * torch.randn(4, 37, width, generator=generator)
+        weight = torch.rand(width, generator=generator)
+        yield with_gradients(lambda *t: add_rms_norm(*t, 1e-6), x, residual, weight)
+        yield with_gradients(swiglu, torch.cat([gate, up], -1))
+
+
+def heads(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
+    for head_dim in (8, 24, 40, 64, 128):
+        qkv = torch.randn(13, 5 * head_dim, generator=generator)
+        angle, position = torch.randn(20, head_dim // 2, generator=generator), torch.arange(13)
+        rope = torch.cat(
+            [angle.double().cos(), angle.double().sin()], -1
+        ).float()  # torch's fp32 cos varies by processor
+        norms = torch.rand(2, head_dim, generator=generator)
+        turn = lambda x, q=None, k=None: rotary(x, position, rope, 3, 1, 0.3, q, k)  # noqa: B023  # called here
+        yield with_gradients(turn, qkv)
+        yield with_gradients(turn, qkv.detach(), norms[0].clone(), norms[1].clone())
 
 
 @pytest.mark.skipif(len(LEVELS) == 1, reason="this processor has one level only: nothing to compare")
