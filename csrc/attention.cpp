@@ -31,17 +31,18 @@ HD void store_row(float* x, int64_t e, int64_t head_dim, f32x16 value) {
 
 HD f32x16 larger(f32x16 a, f32x16 b) { return pick(a > b, a, b); }
 
+template <int kStep> HD float largest(native_f32 x) {
+  native_i32 other;
+  for (int lane = 0; lane < kNative; ++lane) other[lane] = lane ^ kStep;
+  const native_f32 swapped = __builtin_shuffle(x, other);
+  x = swapped > x ? swapped : x;
+  if constexpr (kStep > 1) return largest<kStep / 2>(x);
+  return x[0];
+}
 HD float largest(f32x16 x) {
   native_f32 top = x.part[0];
   for (int i = 1; i < kParts; ++i) top = x.part[i] > top ? x.part[i] : top;
-#pragma GCC unroll 4
-  for (int step = kNative / 2; step > 0; step /= 2) {
-    native_i32 other;
-    for (int lane = 0; lane < kNative; ++lane) other[lane] = lane ^ step;
-    native_f32 swapped = __builtin_shuffle(top, other);
-    top = swapped > top ? swapped : top;
-  }
-  return top[0];
+  return largest<kNative / 2>(top);
 }
 
 template <int kStep> HD void swap_blocks(native_f32& a, native_f32& b) {
@@ -290,42 +291,64 @@ template <class Source> void attend_positions(const Source& source, int64_t c, i
     attend_lanes(source, c, Lanes(n, end * group, c * group, group));
 }
 
-// score[g] (lanes = keys) = q_g . key.
+// score[g] (lanes = keys) = q_g . key. `soon` and `later` are as long as the page and are fetched into the cache meanwhile.
 template <int kHeads>
-HD void dot_page(const float (*q)[kMaxHead], const float* keys, int64_t head_dim, f32x16* score) {
+HD void dot_page(const float (*q)[kMaxHead], const float* keys, const float* soon, const float* later, int64_t head_dim,
+                 f32x16* score) {
   sum_elements<kHeads>(head_dim, score, [=](int64_t begin, int64_t end, f32x16* sum) __attribute__((always_inline)) {
     for (int64_t e = begin; e < end; ++e) {
+      __builtin_prefetch(soon + e * kPage);
+      __builtin_prefetch(later + e * kPage);
       const f32x16 key = load16(keys + e * kPage);
       for (int g = 0; g < kHeads; ++g) sum[g] += key * q[g][e];
     }
   });
 }
 
-// kHeads queries of one position: heads h, h+1, ... that read key/value head c.
+// kHeads queries of one position: heads h, h+1, ... that read key/value head c. Four pages at a time: the steps of a page
+// wait for each other, those of different pages (but for the running maximum and the sums) do not.
 template <int kHeads> void attend_one(const Run& run, int64_t c, int64_t h, int64_t at) {
+  constexpr int kTogether = 4;
+  static_assert(kHeads <= 4 && kTogether * 4 == kLanes);
   const int64_t head_dim = run.p.head_dim;
-  alignas(64) float q[kHeads][kMaxHead], sum[kHeads][kMaxHead], prob[kHeads][kLanes];
-  float max[kHeads], total[kHeads], factor[kHeads];
+  alignas(64) float q[kHeads][kMaxHead], sum[kHeads][kMaxHead], prob[kTogether][kHeads][kLanes], factor[kTogether][4];
+  float max[kHeads], total[kHeads];
   for (int g = 0; g < kHeads; ++g) {
     run.query(h + g, at, q[g]);
     memset(sum[g], 0, head_dim * sizeof(float));
     max[g] = -kInf, total[g] = 0.0f;
   }
-  for (int64_t first = 0; first <= at; first += kPage) {
-    const int64_t count = block_end(first, at + 1);
-    f32x16 score[kHeads];
-    dot_page<kHeads>(q, run.key_page(c, first), head_dim, score);
-    for (int g = 0; g < kHeads; ++g) {
-      if (count < kPage) score[g] = pick(first_lanes(static_cast<int>(count)), score[g], -kInf);
-      const float before = max[g], top = largest(score[g]);
-      max[g] = top > before ? top : before;
-      factor[g] = exp_row(before - max[g]);
-      store16(prob[g], exp_row(score[g] - max[g]));
-      total[g] *= factor[g];
+  const float* next = run.key_page(c, 0);
+  for (int64_t first = 0; first <= at; first += kTogether * kPage) {
+    const int64_t last = at - first < kTogether * kPage ? at - first : kTogether * kPage - 1;
+    const float* values[kTogether];
+    memset(factor, 0, sizeof factor);
+    for (int64_t n = 0; n <= last / kPage; ++n) {
+      const int64_t begin = first + n * kPage, count = block_end(begin, at + 1);
+      const float* keys = next;
+      values[n] = run.value_page(c, begin);
+      next = run.key_page(c, begin + kPage <= at ? begin + kPage : begin);
+      f32x16 score[kHeads];
+      dot_page<kHeads>(q, keys, values[n], next, head_dim, score);
+      for (int g = 0; g < kHeads; ++g) {
+        if (count < kPage) score[g] = pick(first_lanes(static_cast<int>(count)), score[g], -kInf);
+        const float before = max[g], top = largest(score[g]);
+        max[g] = top > before ? top : before;
+        factor[n][g] = before - max[g];
+        store16(prob[n][g], score[g] - max[g]);
+      }
     }
-    for (int lane = 0; lane < kLanes; ++lane)
-      for (int g = 0; g < kHeads; ++g) total[g] += prob[g][lane];
-    add_products<kHeads>(sum[0], kMaxHead, factor, prob, run.value_page(c, first), head_dim, count, head_dim);
+    store16(factor[0], exp_row(load16(factor[0])));
+    for (int64_t n = 0; n <= last / kPage; ++n) {
+      for (int g = 0; g < kHeads; ++g) store16(prob[n][g], exp_row(load16(prob[n][g])));
+      for (int g = 0; g < kHeads; ++g) {
+        float sum_prob = total[g] * factor[n][g];
+        for (int lane = 0; lane < kLanes; ++lane) sum_prob += prob[n][g][lane];
+        total[g] = sum_prob;
+      }
+      add_products<kHeads>(sum[0], kMaxHead, factor[n], prob[n], values[n], head_dim,
+                           block_end(first + n * kPage, at + 1), head_dim);
+    }
   }
   for (int g = 0; g < kHeads; ++g) {
     float* out = run.out(h + g, at);
