@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "common/tensor.h"
+#include "linear.h"
 #include "rms_norm.h"
 #include "row_kernels.h"
 
@@ -69,6 +70,7 @@ const Level& level() {
 
 BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
+BY_LEVEL(linear_cpu, LinearParams)
 
 const RowKernels& row_kernels() { return *level().kernels; }
 const char* simd_level() { return level().name; }
