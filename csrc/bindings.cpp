@@ -10,6 +10,7 @@
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "group_advantage.h"
+#include "linear.h"
 #include "policy_loss.h"
 #include "rms_norm.h"
 #include "row_kernels.h"
@@ -444,6 +445,36 @@ void swiglu_backward(const Tensor& gate_up, const Tensor& dout, const Tensor& dg
   launch(args, stream, p, swiglu_backward_cpu, CUDA_TWIN(swiglu_backward_cuda));
 }
 
+void linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& y, uintptr_t stream) {
+  Args args("linear", x);
+  LinearParams p{};
+  p.dtype = x.dtype;
+  p.x_stride = args.rows("x", x);
+  p.rows = x.size[0];
+  p.depth = x.size[1];
+  if (p.depth == 0) fail("linear: x must have at least one column, got shape ", shape_text(x.size, 2));
+  p.columns = w.size[0];
+  p.x = x.data;
+  if (args.cuda() && x.dtype == DType::bf16) {
+    args.check_dtype("w", w, DType::bf16);
+    Tensor words = w;
+    words.dtype = DType::i32;  // only for the check of its shape: bf16 has no type in dtype_of
+    p.w = args.dense<int32_t>("w", words, {p.columns, p.depth});
+  } else {
+    args.check_dtype("x", x, DType::f32);
+    p.w = args.dense<float>("w", w, {p.columns, p.depth});
+  }
+  p.bias = args.optional<float>("bias", bias, {p.columns});
+  args.check_dtype("out", y, DType::f32);
+  p.y_stride = args.rows("out", y);
+  if (y.size[0] != p.rows || y.size[1] != p.columns)
+    fail("linear: out must have shape [", p.rows, ", ", p.columns, "], got ", shape_text(y.size, 2));
+  if (p.rows > 1 && p.y_stride < p.columns)
+    fail("linear: the rows of out must not overlap, got stride ", p.y_stride, " for ", p.columns, " columns");
+  p.y = static_cast<float*>(y.data);
+  launch(args, stream, p, linear_cpu, CUDA_TWIN(linear_cuda));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -524,4 +555,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("stream"));
   m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
         py::arg("stream"));
+
+  m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("out"), py::arg("stream"));
 }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "common/tensor.h"
+#include "linear.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "row_kernels.h"
@@ -79,6 +80,8 @@ BY_LEVEL(rotary_cpu, RotaryParams)
 BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
 BY_LEVEL(swiglu_cpu, SwigluParams)
 BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
+
+BY_LEVEL(linear_cpu, LinearParams)
 
 const RowKernels& row_kernels() { return *level().kernels; }
 const char* simd_level() { return level().name; }

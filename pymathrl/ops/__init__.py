@@ -14,6 +14,7 @@ from pymathrl.ops.attention import (
     paged_attention_ref,
 )
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
+from pymathrl.ops.linear import linear, linear_out, linear_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
 from pymathrl.ops.rotary import rotary, rotary_ref
@@ -43,6 +44,9 @@ __all__ = [
     "attention_supports",
     "group_advantage",
     "group_advantage_ref",
+    "linear",
+    "linear_out",
+    "linear_ref",
     "merge_stats",
     "paged_attention",
     "paged_attention_ref",
