@@ -14,6 +14,7 @@
 #include "rms_norm.h"
 #include "row_kernels.h"
 #include "sample_token.h"
+#include "support_mask.h"
 #include "token_logprob.h"
 
 namespace py = pybind11;
@@ -227,7 +228,7 @@ void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tenso
 
 void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, const Tensor& ids, const Tensor& numbers,
                   uint64_t seed, uint32_t stream_id, double temperature, int64_t top_k, double top_p, double min_p,
-                  uintptr_t stream) {
+                  const Tensor* support, uintptr_t stream) {
   Args args("sample_token", logits);
   SampleTokenParams p{};
   p.dtype = logit_dtype("sample_token", logits);
@@ -242,6 +243,7 @@ void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, c
   p.entropy = p.logp + p.rows;
   p.mean_logp = p.entropy + p.rows;
   p.kept_mass = p.mean_logp + p.rows;
+  p.support = args.optional<uint8_t>("support", support, {p.rows, support_bytes(p.width)});
   p.seed = seed;
   p.stream = stream_id;
   p.temperature = temperature;
@@ -249,6 +251,18 @@ void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, c
   p.top_p = top_p;
   p.min_p = min_p;
   launch(args, stream, p, sample_token_cpu, CUDA_TWIN(sample_token_cuda));
+}
+
+void support_mask(const Tensor& logits, const Tensor& support, uintptr_t stream) {
+  Args args("support_mask", logits);
+  SupportMaskParams p{};
+  p.dtype = logit_dtype("support_mask", logits);
+  p.row_stride = args.rows("logits", logits);
+  p.rows = logits.size[0];
+  p.width = logits.size[1];
+  p.logits = logits.data;
+  p.support = args.dense<uint8_t>("support", support, {p.rows, support_bytes(p.width)});
+  launch(args, stream, p, support_mask_cpu, CUDA_TWIN(support_mask_cuda));
 }
 
 void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, uint64_t seed, uint32_t stream_id) {
@@ -424,7 +438,8 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("sample_token", &sample_token, py::arg("logits"), py::arg("uid"), py::arg("step"), py::arg("ids"),
         py::arg("numbers"), py::arg("seed"), py::arg("stream_id"), py::arg("temperature"), py::arg("top_k"),
-        py::arg("top_p"), py::arg("min_p"), py::arg("stream"));
+        py::arg("top_p"), py::arg("min_p"), py::arg("support"), py::arg("stream"));
+  m.def("support_mask", &support_mask, py::arg("logits"), py::arg("support"), py::arg("stream"));
   m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
         py::arg("stream_id"));
 

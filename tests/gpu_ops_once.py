@@ -19,6 +19,7 @@ from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
 from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.support_mask import support_bytes, support_mask_
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 ROWS, VOCAB = 7, 1031  # a prime: the last vector of each row is a partial one
@@ -77,6 +78,17 @@ def run_sample_token(device: str) -> None:
         logits = (3 * torch.randn(ROWS, VOCAB)).to(dtype).to(device)
         for options in ({}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"top_p": 0.5}):
             sample_token(logits, 1, uid, step, **options)
+            support = torch.empty(ROWS, support_bytes(VOCAB), dtype=torch.uint8).to(device)
+            sample_token(logits, 1, uid, step, support=support, **options)
+
+
+def run_support_mask(device: str) -> None:
+    support = torch.randint(0, 256, (ROWS, support_bytes(VOCAB)), dtype=torch.uint8)
+    support[:, ::3], support[:, 1::3] = 0, 255
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        wide = torch.randn(ROWS, VOCAB + 5).to(dtype).to(device)
+        for logits in (wide[:, :VOCAB], wide[:, 5:].contiguous()):
+            support_mask_(logits, support.to(device))
 
 
 def run_attention(device: str) -> None:
@@ -103,6 +115,7 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "policy_loss": run_policy_loss,
     "token_logprob": run_token_logprob,
     "sample_token": run_sample_token,
+    "support_mask": run_support_mask,
     "attention": run_attention,
     "rms_norm": run_rms_norm,
 }

@@ -17,6 +17,7 @@ from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_ref
 from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
+from pymathrl.ops.support_mask import support_bytes, support_mask_, support_mask_ref
 from pymathrl.ops.token_logprob import (
     TokenLogprob,
     token_logprob,
@@ -50,6 +51,9 @@ __all__ = [
     "rms_norm_ref",
     "sample_token",
     "sample_token_ref",
+    "support_bytes",
+    "support_mask_",
+    "support_mask_ref",
     "token_logprob",
     "token_logprob_backward_",
     "token_logprob_backward_ref",

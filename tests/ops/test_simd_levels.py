@@ -12,6 +12,7 @@ import torch
 
 from pymathrl import _C
 from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.support_mask import support_bytes, support_mask_
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 LEVELS = {"base": ("base",), "v3": ("base", "v3"), "v4": ("base", "v3", "v4")}[_C.simd_level()]
@@ -34,7 +35,9 @@ def digest() -> str:
             )
             results = [*forward, dz.float()]
             for kw in ({}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}):
-                results += sample_token(z, 1, where, where, **kw)
+                support = torch.empty(7, support_bytes(width), dtype=torch.uint8)
+                drawn = sample_token(z, 1, where, where, support=support, **kw)
+                results += [*drawn, support, *token_logprob(support_mask_(z.clone(), support), drawn.ids)[:-1]]
             for x in results:
                 h.update(x.numpy().tobytes())
     return h.hexdigest()
