@@ -234,7 +234,7 @@ SUPPORT_MUTANTS = {  # what a wrong mask gives for (logp, entropy, mean_logp)
     "wrong bit order": lambda: scored(reversed_bits()),
     "mask ignored": lambda: scored(torch.ones_like(KEPT)),
     "mask upside down": lambda: scored(~KEPT),
-    "one token of the support missing": lambda: scored(KEPT.scatter(1, DRAWN.ids.roll(1)[:, None], False)),
+    "one token of the support missing": lambda: scored(KEPT.scatter(1, LOGITS.argmax(1, keepdim=True), False)),
     "rows shifted by one": lambda: scored(KEPT.roll(1, 0)),
     "renormaliser missing": lambda: scored(KEPT)._replace(
         logp=scored(torch.ones_like(KEPT)).logp,
