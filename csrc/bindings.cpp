@@ -230,7 +230,7 @@ void token_logprob_backward(const Tensor& logits, const Tensor& ids, const Tenso
 
 void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, const Tensor& ids, const Tensor& numbers,
                   uint64_t seed, uint32_t stream_id, double temperature, int64_t top_k, double top_p, double min_p,
-                  uintptr_t stream) {
+                  const Tensor* support, uintptr_t stream) {
   Args args("sample_token", logits);
   SampleTokenParams p{};
   p.dtype = logit_dtype("sample_token", logits);
@@ -245,6 +245,7 @@ void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, c
   p.entropy = p.logp + p.rows;
   p.mean_logp = p.entropy + p.rows;
   p.kept_mass = p.mean_logp + p.rows;
+  p.support = args.optional<uint8_t>("support", support, {p.rows, support_bytes(p.width)});
   p.seed = seed;
   p.stream = stream_id;
   p.temperature = temperature;
@@ -527,7 +528,7 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("sample_token", &sample_token, py::arg("logits"), py::arg("uid"), py::arg("step"), py::arg("ids"),
         py::arg("numbers"), py::arg("seed"), py::arg("stream_id"), py::arg("temperature"), py::arg("top_k"),
-        py::arg("top_p"), py::arg("min_p"), py::arg("stream"));
+        py::arg("top_p"), py::arg("min_p"), py::arg("support"), py::arg("stream"));
   m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
         py::arg("stream_id"));
 

@@ -27,91 +27,144 @@ template <class In> HD float max_of(const In* z, int64_t width) {
   return max;
 }
 
+template <class In> HD f32x16 load_some(const In* p, int64_t count, float fill) {
+  return count == kLanes ? load16(p) : load_part(p, count, fill);
+}
+
 struct BlockSums {
-  f32x16 e = splat(0.0f), ed = e, d = e, kept = e;
+  f32x16 e = splat(0.0f), ed = e, d = e, kept = e, count = e;
 
   HD void add(const BlockSums& part) {
     e += part.e;
     ed += part.ed;
     d += part.d;
     kept += part.kept;
+    count += part.count;
   }
 
-  HD void add(f32x16 x, f32x16 y, float threshold) {
+  HD void add(f32x16 y, f32x16 x) {
     e += y;
     ed += pick(y > 0.0f, y * x, 0.0f);  // a masked token: 0 * -inf counts as 0
-    d += x;
-    kept += pick(y >= threshold, y, 0.0f);
+  }
+
+  // Of the tokens inside the support: count, and their distances.
+  HD void reach(mask16 inside, f32x16 x) {
+    d += pick(inside, x, 0.0f);
+    count += pick(inside, splat(1.0f), 0.0f);
   }
 };
 
-template <class In>
-HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float threshold, float* block_sum, float* e,
-                   const In* next) {
-  RowSums s{max, 0, 0, 0, 0};
+// The order of every sum over a row: each(part, j, count) adds the sixteen elements from j on (count < kLanes at the row's
+// end) to the sums of its part, and done(block, sums) takes the sums of each block.
+template <class Each, class Done> HD void sum_in_order(int64_t width, const Each& each, const Done& done) {
   for (int64_t begin = 0; begin < width; begin += kRowBlock) {
     int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
     BlockSums block;
     while (j < end) {
       int64_t stop = j + kRowPart < end ? j + kRowPart : end;
       BlockSums part;
-      for (; j + kLanes <= stop; j += kLanes) {
-        if (next) __builtin_prefetch(next + j, 0, 2);
-        f32x16 x = row_distance(load16(z + j), max, inverse_t);
-        f32x16 y = exp_row(x);
-        if (e) store16(e + j, y);
-        part.add(x, y, threshold);
-      }
+      for (; j + kLanes <= stop; j += kLanes) each(part, j, int64_t{kLanes});
       if (j < stop) {
-        mask16 inside = first_lanes(static_cast<int>(stop - j));
-        f32x16 x = row_distance(load_part(z + j, stop - j, 0.0f), max, inverse_t);
-        f32x16 y = exp_row(x);
-        if (e) store_part(e + j, stop - j, y);
-        part.add(pick(inside, x, 0.0f), pick(inside, y, 0.0f), threshold);
+        each(part, j, stop - j);
         j = stop;
       }
       block.add(part);
     }
-    float sum = sum_lanes(block.e);
-    if (block_sum) block_sum[begin / kRowBlock] = sum;
-    s.e += sum;
-    s.ed += sum_lanes(block.ed);
-    s.d += sum_lanes(block.d);
-    s.kept += sum_lanes(block.kept);
+    done(begin / kRowBlock, block);
   }
+}
+
+// d and the count of a row some of whose logits are -inf.
+template <class In> void support_reach(const In* z, int64_t width, float inverse_t, RowSums& s) {
+  s.d = 0;
+  s.count = 0;
+  sum_in_order(
+      width,
+      [&](BlockSums& part, int64_t j, int64_t count) __attribute__((always_inline)) {
+        f32x16 logit = load_some(z + j, count, -kInf);
+        part.reach(logit > -kInf, row_distance(logit, s.max, inverse_t));
+      },
+      [&](int64_t, const BlockSums& block) __attribute__((always_inline)) {
+        s.d += sum_lanes(block.d);
+        s.count += static_cast<int64_t>(sum_lanes(block.count));
+      });
+}
+
+template <class In>
+HD RowSums sums_of(const In* z, int64_t width, float max, float inverse_t, float threshold, float* block_sum, float* e,
+                   const In* next) {
+  RowSums s{max, 0, 0, 0, 0, width};
+  sum_in_order(
+      width,
+      [&](BlockSums& part, int64_t j, int64_t count) __attribute__((always_inline)) {
+        if (next) __builtin_prefetch(next + j, 0, 2);
+        f32x16 x = row_distance(load_some(z + j, count, 0.0f), max, inverse_t), y = exp_row(x);
+        if (e) store_some(e + j, count, y);
+        if (count < kLanes) {
+          mask16 exists = first_lanes(static_cast<int>(count));
+          x = pick(exists, x, 0.0f);
+          y = pick(exists, y, 0.0f);
+        }
+        part.add(y, x);
+        part.d += x;
+        part.kept += pick(y >= threshold, y, 0.0f);
+      },
+      [&](int64_t b, const BlockSums& block) __attribute__((always_inline)) {
+        float sum = sum_lanes(block.e);
+        if (block_sum) block_sum[b] = sum;
+        s.e += sum;
+        s.ed += sum_lanes(block.ed);
+        s.d += sum_lanes(block.d);
+        s.kept += sum_lanes(block.kept);
+      });
+  if (s.d == -kInf) support_reach(z, width, inverse_t, s);
   return s;
 }
 
-// e where it is kept, 0 where it is cut; j: the index of lane 0.
+// The logit where it is kept, -inf where it is cut; j: the index of lane 0.
 HD f32x16 filter_lanes(f32x16 z, f32x16 e, int64_t j, const Cut& cut) {
   int64_t last = cut.index - j;
   mask16 among_first = first_lanes(last < 0 ? 0 : (last < kLanes ? static_cast<int>(last) + 1 : kLanes));
-  f32x16 kept = pick(z > cut.z, e, pick(z == cut.z, pick(among_first, e, 0.0f), 0.0f));
-  return pick(kept >= cut.floor, kept, 0.0f);
+  f32x16 kept = pick(z > cut.z, z, pick(z == cut.z, pick(among_first, z, -kInf), -kInf));
+  return pick(e >= cut.floor, kept, -kInf);
 }
 
-template <class In> HD void filter_of(const In* z, int64_t width, const Cut cut, float* e, float* block_sum) {
-  for (int64_t begin = 0; begin < width; begin += kRowBlock) {
-    int64_t end = begin + kRowBlock < width ? begin + kRowBlock : width, j = begin;
-    f32x16 sum = splat(0.0f);
-    while (j < end) {
-      int64_t stop = j + kRowPart < end ? j + kRowPart : end;
-      f32x16 part = splat(0.0f);
-      for (; j + kLanes <= stop; j += kLanes) {
-        f32x16 y = filter_lanes(load16(z + j), load16(e + j), j, cut);
-        store16(e + j, y);
-        part += y;
-      }
-      if (j < stop) {
-        f32x16 y = filter_lanes(load_part(z + j, stop - j, -kInf), load_part(e + j, stop - j, 0.0f), j, cut);
-        store_part(e + j, stop - j, y);
-        part += y;
-        j = stop;
-      }
-      sum += part;
-    }
-    block_sum[begin / kRowBlock] = sum_lanes(sum);
-  }
+// Bit k of the result: whether lane k is true. A sum of distinct powers of two is exact in any order.
+HD uint32_t lane_bits(mask16 mask) {
+  float power[kLanes];
+  for (int lane = 0; lane < kLanes; ++lane) power[lane] = static_cast<float>(1 << lane);
+  return static_cast<uint32_t>(sum_lanes(pick(mask, load16(power), 0.0f)));
+}
+
+template <class In>
+HD RowSums filter_of(const In* z, int64_t width, const Cut cut, float max, float inverse_t, float* e, float* block_sum,
+                     uint8_t* support) {
+  RowSums s{max, 0, 0, 0, 0, 0};
+  sum_in_order(
+      width,
+      [&](BlockSums& part, int64_t j, int64_t count) __attribute__((always_inline)) {
+        f32x16 y = load_some(e + j, count, 0.0f);
+        f32x16 logit = filter_lanes(load_some(z + j, count, -kInf), y, j, cut);
+        mask16 inside = logit > -kInf;
+        f32x16 x = row_distance(logit, max, inverse_t);
+        y = pick(inside, y, 0.0f);
+        store_some(e + j, count, y);
+        part.add(y, x);
+        part.reach(inside, x);
+        if (support) {
+          uint32_t bits = lane_bits(inside);
+          support[j / 8] = static_cast<uint8_t>(bits);
+          if (count > 8) support[j / 8 + 1] = static_cast<uint8_t>(bits >> 8);
+        }
+      },
+      [&](int64_t b, const BlockSums& block) __attribute__((always_inline)) {
+        block_sum[b] = sum_lanes(block.e);
+        s.e += block_sum[b];
+        s.ed += sum_lanes(block.ed);
+        s.d += sum_lanes(block.d);
+        s.count += static_cast<int64_t>(sum_lanes(block.count));
+      });
+  return s;
 }
 
 // The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then the group.
@@ -198,13 +251,16 @@ RowSums sums(const void* row, DType dtype, int64_t width, float max, float inver
   return run(row, width, max, inverse_t, threshold, block_sum, e, next);
 }
 
-void filter(const void* row, DType dtype, int64_t width, const Cut& cut, float* e, float* block_sum) {
-  if (dtype == DType::f32)
-    filter_of(static_cast<const float*>(row), width, cut, e, block_sum);
-  else if (dtype == DType::bf16)
-    filter_of(static_cast<const bf16*>(row), width, cut, e, block_sum);
-  else
-    filter_of(static_cast<const f16*>(row), width, cut, e, block_sum);
+template <class In>
+RowSums filter_as(const void* row, int64_t width, const Cut& cut, float max, float inverse_t, float* e,
+                  float* block_sum, uint8_t* support) {
+  return filter_of(static_cast<const In*>(row), width, cut, max, inverse_t, e, block_sum, support);
+}
+
+RowSums filter(const void* row, DType dtype, int64_t width, const Cut& cut, float max, float inverse_t, float* e,
+               float* block_sum, uint8_t* support) {
+  auto run = dtype == DType::f32 ? filter_as<float> : dtype == DType::bf16 ? filter_as<bf16> : filter_as<f16>;
+  return run(row, width, cut, max, inverse_t, e, block_sum, support);
 }
 
 }  // namespace

@@ -17,8 +17,10 @@ struct RowKernels {
   RowSums (*sums)(const void* row, DType dtype, int64_t width, float max, float inverse_t, float threshold,
                   float* block_sum, float* e, const void* next);
 
-  // Sets e to 0 where it is cut; block sums of what stays, added in the order of `sums`.
-  void (*filter)(const void* row, DType dtype, int64_t width, const Cut& cut, float* e, float* block_sum);
+  // Sets e to 0 where it is cut. The sums, and block sums, of what stays: bit for bit what `sums` gives for the row with
+  // -inf in place of the logits that are cut. support: [support_bytes(width)] the tokens that stay, or null.
+  RowSums (*filter)(const void* row, DType dtype, int64_t width, const Cut& cut, float max, float inverse_t, float* e,
+                    float* block_sum, uint8_t* support);
 
   // The first j < count at which acc + e_0 + ... + e_j exceeds target, and e_j > 0: groups of kLanes first, then within
   // the group. The groups add up to the block's sum only within rounding: where the target is not met, the last e_j > 0.

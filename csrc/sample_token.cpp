@@ -88,6 +88,7 @@ size_t top_p_count(std::vector<Candidate>& c, double target) {
 
 Cut find_cut(const SampleTokenParams& p, const Row& row, const float* e, double sum, Scratch& s) {
   Cut cut;
+  if (!filtered(p)) return cut;
   cut.floor = min_p_threshold(p.min_p);
   if (!by_top_k(p) && !by_top_p(p)) return cut;
   auto& c = s.candidates;
@@ -123,27 +124,28 @@ int64_t first_of(const Row& row, float value) {
   return j;
 }
 
-void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, double inverse, Scratch& s) {
+// Whether a row goes through the filters' pass, which also writes the support.
+bool through_filter(const SampleTokenParams& p) { return filtered(p) || p.support; }
+
+void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, Scratch& s) {
   Row row{row_at(p.logits, p.dtype, index * p.row_stride), p.dtype, p.width, row_kernels()};
   const RowKernels& kernels = row.kernels;
-  bool cuts = filtered(p), keep_e = cuts || p.width <= kRowBlock;
+  bool cuts = through_filter(p), keep_e = cuts || p.width <= kRowBlock;
   float max = kernels.max(row.z, row.dtype, row.width);
   RowSums sums = kernels.sums(row.z, row.dtype, row.width, max, inverse_t, 0.0f, s.block_sum.data(),
                               keep_e ? s.e.data() : nullptr, nullptr);
-  RowStats stats = finish_row(sums, p.width, inverse);
-  if (stats.log_sum != stats.log_sum) return sample_token_fail(p, index);
-  double kept = sums.e;
+  if (!has_distribution(sums)) return sample_token_fail(p, index);
+  RowSums kept = sums;
+  if (cuts) {
+    Cut cut = find_cut(p, row, s.e.data(), sums.e, s);
+    kept = kernels.filter(row.z, row.dtype, row.width, cut, max, inverse_t, s.e.data(), s.block_sum.data(),
+                          support_row(p, index));
+  }
   int64_t id;
   if (p.temperature == 0.0) {
     id = first_of(row, max);
   } else {
-    if (cuts) {
-      Cut cut = find_cut(p, row, s.e.data(), sums.e, s);
-      kernels.filter(row.z, row.dtype, row.width, cut, s.e.data(), s.block_sum.data());
-      kept = 0;
-      for (int64_t b = 0; b < row_blocks(p.width); ++b) kept += s.block_sum[static_cast<size_t>(b)];
-    }
-    id = draw(kernels, s.block_sum.data(), p.width, sample_uniform(p, index) * kept, [&](int64_t b) {
+    id = draw(kernels, s.block_sum.data(), p.width, sample_uniform(p, index) * kept.e, [&](int64_t b) {
       int64_t first = b * kRowBlock;
       if (keep_e) return static_cast<const float*>(s.e.data() + first);
       kernels.sums(row_at(row.z, row.dtype, first), row.dtype, std::min(kRowBlock, p.width - first), max, inverse_t,
@@ -151,20 +153,19 @@ void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, doub
       return static_cast<const float*>(s.e.data());
     });
   }
-  sample_token_finish(p, index, id, row.element(id), sums, stats, kept);
+  sample_token_finish(p, index, id, row.element(id), sums, kept);
 }
 
 }  // namespace
 
 void sample_token_cpu(const SampleTokenParams& p) {
-  double inverse = 1.0 / sample_temperature(p);
-  float inverse_t = static_cast<float>(inverse);
-  int64_t scratch = filtered(p) ? p.width : std::min(p.width, kRowBlock);
+  float inverse_t = static_cast<float>(1.0 / sample_temperature(p));
+  int64_t scratch = through_filter(p) ? p.width : std::min(p.width, kRowBlock);
   parallel_for(p.rows, row_grain(p.width), [&](int64_t begin, int64_t end) {
     static thread_local Scratch s;
     s.block_sum.resize(static_cast<size_t>(row_blocks(p.width)));
     s.e.resize(static_cast<size_t>(scratch));
-    for (int64_t row = begin; row < end; ++row) sample_row(p, row, inverse_t, inverse, s);
+    for (int64_t row = begin; row < end; ++row) sample_row(p, row, inverse_t, s);
   });
 }
 

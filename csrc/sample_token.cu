@@ -1,7 +1,8 @@
 // One block per row, of the team size that token_logprob uses for this width, so that both compute the same bits.
 // top-k and top-p find their last token by histograms: 1024 bins of the logit's distance from the maximum, then of its
 // bits within the bin, until one value is left; equal values are then cut by index in the same way. Counts and masses are
-// integers (mass: fixed point), so shared-memory atomics give the same sum in any order.
+// integers (mass: fixed point), so shared-memory atomics give the same sum in any order. The numbers then come from
+// token_logprob's own sweep over the row, with -inf for what was cut.
 #include "common/row_softmax.cuh"
 #include "sample_token.h"
 
@@ -36,7 +37,6 @@ struct Shared {
   float chunk[kBins];
   Found found;
   int64_t id;
-  double kept;
 };
 
 // Unsigned integers in the order of the floats; -0 and +0 are equal, as in a comparison.
@@ -239,6 +239,25 @@ struct RowSearch {
     return cut.keeps(e, value, j) ? e : 0.0f;
   }
 
+  // The logit of token j, -inf where it is cut.
+  __device__ float kept_logit(const Cut& cut, float value, int64_t j) const {
+    return cut.keeps(row_exp2(value, max, scale), value, j) ? value : -kInf;
+  }
+
+  // One byte per eight elements; past the row's end there is nothing but -inf.
+  __device__ __noinline__ void write_support(const Cut& cut, uint8_t* support) const {
+    static_assert(kVec == 8, "a vector of logits is a byte of the support");
+    const int64_t step = static_cast<int64_t>(blockDim.x) * kVec;
+    for (int64_t j = static_cast<int64_t>(threadIdx.x) * kVec; j < width; j += step) {
+      float x[kVec];
+      load(j, x);
+      unsigned bits = 0;
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) bits |= kept_logit(cut, x[i], j + i) > -kInf ? 1u << i : 0u;
+      support[j / 8] = static_cast<uint8_t>(bits);
+    }
+  }
+
   // A warp's view of 256 elements from j on: its lane's eight kept e.
   __device__ float lane_part(const Cut& cut, int64_t j, float* e) const {
     float x[kVec], sum = 0.0f;
@@ -251,8 +270,8 @@ struct RowSearch {
     return sum;
   }
 
-  // Inverse CDF in index order: sums of chunks, then the chunk, then the lane, then the element. Sets shared->id and
-  // shared->kept; ends in a barrier.
+  // Inverse CDF in index order: sums of chunks, then the chunk, then the lane, then the element. Sets shared->id;
+  // ends in a barrier.
   __device__ __noinline__ void draw(const Cut& cut, double u) const {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int64_t parts = (width + static_cast<int64_t>(kChunk) * kBins - 1) / (static_cast<int64_t>(kChunk) * kBins);
@@ -325,10 +344,7 @@ struct RowSearch {
         const int64_t other = __shfl_xor_sync(0xffffffffu, last, offset);
         last = other > last ? other : last;
       }
-      if (lane == 0) {
-        shared->id = id >= 0 ? id : last;
-        shared->kept = total;
-      }
+      if (lane == 0) shared->id = id >= 0 ? id : last;
     }
     __syncthreads();
   }
@@ -336,34 +352,36 @@ struct RowSearch {
 
 template <class T, int kTeam> __global__ void __launch_bounds__(kTeam) sample_kernel(SampleTokenParams p, bool aligned) {
   __shared__ Shared shared;
-  const double inverse = 1.0 / sample_temperature(p);
-  const float inverse_t = static_cast<float>(inverse);
+  const float inverse_t = static_cast<float>(1.0 / sample_temperature(p));
   const int width_bits = 64 - __clzll(p.width), mass_bits = width_bits > 18 ? 62 - width_bits : 44;
   const float mass_one = as_float(static_cast<uint32_t>(127 + mass_bits) << 23);
   for (int64_t row = blockIdx.x; row < p.rows; row += gridDim.x) {
     const T* z = static_cast<const T*>(p.logits) + row * p.row_stride;
     const RowSums sums = team_row_sums<T, kTeam>(z, p.width, aligned, inverse_t, threadIdx.x, shared.reduce);
-    const RowStats stats = finish_row(sums, p.width, inverse);
-    if (stats.log_sum != stats.log_sum) {  // the same on every thread
+    if (!has_distribution(sums)) {  // the same on every thread
       if (threadIdx.x == 0) sample_token_fail(p, row);
       continue;
     }
     RowSearch search{z, p.dtype, p.width, aligned, sums.max, inverse_t * kLog2E, mass_one, &shared};
-    int64_t id;
-    double kept = sums.e;
-    if (p.temperature == 0.0) {
-      id = search.first_of(sums.max);
-    } else {
-      Cut cut;
+    Cut cut;
+    RowSums kept = sums;
+    if (filtered(p)) {
       Mass mass = 0;
       if (by_top_k(p)) cut = search.boundary(false, p.top_k, 0.0, 0, Cut{}, &mass);
       if (by_top_p(p)) cut = search.boundary(true, 0, p.top_p, mass, Cut{cut}, &mass);
       cut.floor = min_p_threshold(p.min_p);
+      kept = team_row_sums<T, kTeam>(z, p.width, aligned, inverse_t, threadIdx.x, shared.reduce,
+                                     [&](float value, int64_t j) { return search.kept_logit(cut, value, j); });
+    }
+    if (p.support) search.write_support(cut, support_row(p, row));
+    int64_t id;
+    if (p.temperature == 0.0) {
+      id = search.first_of(sums.max);
+    } else {
       search.draw(cut, sample_uniform(p, row));
       id = shared.id;
-      kept = shared.kept;
     }
-    if (threadIdx.x == 0) sample_token_finish(p, row, id, to_f32(z[id]), sums, stats, kept);
+    if (threadIdx.x == 0) sample_token_finish(p, row, id, to_f32(z[id]), sums, kept);
   }
 }
 

@@ -1,8 +1,8 @@
 // sample_token: one token per row from softmax(z/T), filtered by top-k, then top-p, then min-p, with the numbers that
 // training needs from the same sweep.
 //   u = philox_uniform(seed, uid, step, stream);  token = min {j : sum_{i<=j, kept} e_i > u * sum_{kept} e_i}
-//   logp = ln of the renormalised kept probability; entropy and mean_logp are of the whole softmax(z/T), as in
-//   token_logprob; without filters logp, entropy and mean_logp are token_logprob's, bit for bit (the same row function).
+//   logp, entropy and mean_logp are of what the filters keep, renormalised: bit for bit what token_logprob gives for the
+//   row with -inf in place of the logits that are cut (the same sums in the same order). `support` records what was kept.
 // Filters act on tokens in the order of their logits, highest first, equal logits by index; each keeps a prefix of that
 // order and at least one token:
 //   top_k   the first k
@@ -16,8 +16,13 @@
 #pragma once
 #include "common/philox.h"
 #include "common/row_softmax.h"
+#include "common/half.h"
+#include "common/tensor.h"
 
 namespace pymathrl {
+
+// One bit per token of a row, bit j%8 of byte j/8.
+HD int64_t support_bytes(int64_t width) { return (width + 7) / 8; }
 
 struct SampleTokenParams {
   const void* logits;    // [B,V] of `dtype`, rows `row_stride` elements apart
@@ -28,6 +33,7 @@ struct SampleTokenParams {
   float* entropy;        // [B] out, nats
   float* mean_logp;      // [B] out, nats
   float* kept_mass;      // [B] out, the share of the probability that the filters left; 1 without filters
+  uint8_t* support;      // [B, support_bytes(V)] out, or null: bit j%8 of byte j/8 set where token j was kept
   int64_t rows, width, row_stride;
   DType dtype;
   uint64_t seed;
@@ -64,24 +70,28 @@ HD double sample_uniform(const SampleTokenParams& p, int64_t row) {
   return philox_uniform(p.seed, static_cast<uint64_t>(p.uid[row]), static_cast<uint32_t>(p.step[row]), p.stream);
 }
 
-// Writes one row's numbers. kept: the sum of e over what is kept; not read without filters.
+HD uint8_t* support_row(const SampleTokenParams& p, int64_t row) {
+  return p.support ? p.support + row * support_bytes(p.width) : nullptr;
+}
+
+// Writes one row's numbers. kept: the sums over what is kept, `sums` itself without filters.
 HD void sample_token_finish(const SampleTokenParams& p, int64_t row, int64_t id, float z_id, const RowSums& sums,
-                            const RowStats& stats, double kept) {
-  float d = row_distance(z_id, sums.max, static_cast<float>(1.0 / sample_temperature(p)));
-  bool whole = !filtered(p);
-  double share = whole ? 1.0 : kept / sums.e;
+                            const RowSums& kept) {
+  const double inverse = 1.0 / sample_temperature(p), share = kept.e / sums.e;
+  const RowStats stats = finish_row(kept, inverse);
   p.ids[row] = id;
-  p.logp[row] = static_cast<float>(d - (whole ? stats.log_sum : log(kept)));
+  p.logp[row] = static_cast<float>(row_distance(z_id, kept.max, static_cast<float>(inverse)) - stats.log_sum);
   p.entropy[row] = stats.entropy;
   p.mean_logp[row] = stats.mean_logp;
   p.kept_mass[row] = static_cast<float>(share < 1.0 ? share : 1.0);
 }
 
-// The row without a distribution.
+// The row without a distribution: its support is empty.
 HD void sample_token_fail(const SampleTokenParams& p, int64_t row) {
   const float nan = as_float(0x7fc00000u);
   p.ids[row] = -1;
   p.logp[row] = p.entropy[row] = p.mean_logp[row] = p.kept_mass[row] = nan;
+  if (p.support) memset(support_row(p, row), 0, static_cast<size_t>(support_bytes(p.width)));
 }
 
 }  // namespace pymathrl

@@ -49,7 +49,7 @@ def token_logprob_backward(
 
 def sample_token(
     logits: Tensor, uid: Tensor, step: Tensor, ids: Tensor, numbers: Tensor, seed: int, stream_id: int,
-    temperature: float, top_k: int, top_p: float, min_p: float, stream: int,
+    temperature: float, top_k: int, top_p: float, min_p: float, support: Tensor | None, stream: int,
 ) -> None: ...
 def philox_uniform(uid: Tensor, step: Tensor, out: Tensor, seed: int, stream_id: int) -> None: ...
 

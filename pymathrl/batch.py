@@ -54,7 +54,8 @@ class Rollout:
     role        int8  [T]    ROLE_PROMPT, ROLE_SAMPLED or ROLE_FORCED
     logp        fp32  [T]    nats, log-probability of the token under the distribution it was drawn from (temperature,
                              truncation); like the next two 0 where the role is not sampled
-    mean_logp   fp32  [T]    nats, mean over the vocabulary of the log-probabilities at the sampling temperature
+    mean_logp   fp32  [T]    nats, mean of the log-probabilities of that distribution over its support: the vocabulary,
+                             or what the truncation left of it
     entropy     fp32  [T]    nats, entropy of the distribution that the token was drawn from
     offsets     int64 [B+1]  tokens; offsets[0] = 0, offsets[B] = T, strictly rising
     prompt_len  int64 [B]    tokens, 1 <= prompt_len[b] <= length of row b

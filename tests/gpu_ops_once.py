@@ -21,6 +21,7 @@ from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token
 from pymathrl.ops.swiglu import swiglu, swiglu_out
+from pymathrl.ops.sample_token import support_bytes
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 ROWS, VOCAB = 7, 1031  # a prime: the last vector of each row is a partial one
@@ -79,6 +80,8 @@ def run_sample_token(device: str) -> None:
         logits = (3 * torch.randn(ROWS, VOCAB)).to(dtype).to(device)
         for options in ({}, {"temperature": 0.0}, {"top_k": 20, "top_p": 0.9, "min_p": 0.02}, {"top_p": 0.5}):
             sample_token(logits, 1, uid, step, **options)
+            support = torch.empty(ROWS, support_bytes(VOCAB), dtype=torch.uint8).to(device)
+            sample_token(logits, 1, uid, step, support=support, **options)
 
 
 def run_attention(device: str) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from pymathrl.ops.sample_token import support_unpack
+
 FLOOR = 1e-7  # relative, for fp32 outputs: below it the two roundings are not comparable
 
 
@@ -47,3 +49,8 @@ def assert_accurate(kernel: torch.Tensor, ref32: torch.Tensor, ref64: torch.Tens
         for name, error in (("L2", relative_l2), ("max", relative_max))
     )
     assert accepts(kernel, ref32, ref64), f"{what}: {errors}"
+
+
+def support_mask_(logits: torch.Tensor, support: torch.Tensor) -> torch.Tensor:
+    """-inf outside the sampler's support, in place: what the update does to its logits."""
+    return logits.masked_fill_(~support_unpack(support, logits.shape[1]), -torch.inf)

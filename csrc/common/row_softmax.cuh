@@ -146,9 +146,15 @@ struct OnlineSums {
   __device__ __forceinline__ float base() const { return max == -kInf ? 0.0f : max; }  // -inf - -inf would be nan
 };
 
-// The sums of one row, on every thread of the team. shared: 3*32 floats (unused by a warp).
-template <class T, int kTeam>
-__device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, float inverse_t, int thread, float* shared) {
+struct WholeRow {
+  __device__ __forceinline__ float operator()(float z, int64_t) const { return z; }
+};
+
+// The sums of one row, on every thread of the team. shared: 3*32 floats (unused by a warp). logit(z, j): what counts as
+// the logit of token j, so that a row which a filter masks gives the bits of the same row with -inf stored in it.
+template <class T, int kTeam, class Logit = WholeRow>
+__device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, float inverse_t, int thread, float* shared,
+                                 const Logit& logit = Logit()) {
   const float scale = inverse_t * kLog2E;
   const int64_t step = static_cast<int64_t>(kTeam) * kVec;
   OnlineSums own;
@@ -161,7 +167,10 @@ __device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, floa
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u)
 #pragma unroll
-      for (int i = 0; i < kVec; ++i) top = fmaxf(top, x[u][i]);
+      for (int i = 0; i < kVec; ++i) {
+        x[u][i] = logit(x[u][i], j + u * step + i);
+        top = fmaxf(top, x[u][i]);
+      }
     own.raise(top, scale);
     float base = own.base();
 #pragma unroll
@@ -174,7 +183,10 @@ __device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, floa
     float x[kVec], top = -kInf;
     load_vec(row + j, count, aligned, -kInf, x);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) top = fmaxf(top, x[i]);
+    for (int i = 0; i < kVec; ++i) {
+      x[i] = logit(x[i], j + i);
+      top = fmaxf(top, x[i]);
+    }
     own.raise(top, scale);
     float base = own.base();
 #pragma unroll
@@ -186,12 +198,30 @@ __device__ RowSums team_row_sums(const T* row, int64_t width, bool aligned, floa
   own.raise(max[0], scale);
   float sums[3] = {own.e, own.ex, own.z};
   team_reduce(sums, 0.0f, shared, Add(), kTeam);
+  int64_t count = width;
+  if (sums[2] == -kInf) {  // on all threads alike: some logit is -inf. Sweep again for the sum over the others
+    float reach[2] = {0.0f, 0.0f};  // sum of z, number of tokens: exact below 2^24
+    for (j = static_cast<int64_t>(thread) * kVec; j < width; j += step) {
+      float x[kVec];
+      load_vec(row + j, vec_count(j, width), aligned, -kInf, x);
+#pragma unroll
+      for (int i = 0; i < kVec; ++i) {
+        const float z = logit(x[i], j + i);
+        reach[0] += z > -kInf ? z : 0.0f;
+        reach[1] += z > -kInf ? 1.0f : 0.0f;
+      }
+    }
+    team_reduce(reach, 0.0f, shared, Add(), kTeam);
+    sums[2] = reach[0];
+    count = static_cast<int64_t>(reach[1]);
+  }
   RowSums s;
   s.max = max[0];
   s.e = sums[0];
   s.ed = sums[1] * kLn2;
-  s.d = (sums[2] - static_cast<double>(width) * s.max) * inverse_t;
+  s.d = (sums[2] - static_cast<double>(count) * s.max) * inverse_t;
   s.kept = 0;
+  s.count = count;
   return s;
 }
 

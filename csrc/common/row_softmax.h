@@ -2,6 +2,8 @@
 // log-prob that the sampler reports is, bit for bit, the one that the update computes.
 //   d_j = (z_j - max z) / T <= 0,  e_j = exp(d_j),  S = sum e_j
 //   lse = max/T + ln S,  logp_j = d_j - ln S,  H = ln S - sum(e_j d_j) / S,  mean_j(logp_j) = mean(d_j) - ln S,  p_max = 1/S
+// A logit of -inf is a token outside the support: no sum, mean or count includes it. The sampler's filters are such a mask,
+// so the numbers of a filtered row are those of its renormalised distribution.
 // Everything is measured from the row's maximum: no overflow, and no cancellation between lse and z/T.
 // A sum runs over parts of kRowPart elements (fp32, kLanes lanes), parts within a block of kRowBlock, and blocks in double
 // and in order: its bits depend on the row's width alone, not on threads, other rows or the vector extension. No lane adds
@@ -43,6 +45,7 @@ struct RowSums {
   float max;
   double e, ed, d;  // sum of e_j, e_j d_j, d_j
   double kept;      // sum of e_j over e_j >= threshold
+  int64_t count;    // tokens that d sums over: those whose logit is not -inf
 };
 
 struct RowStats {
@@ -51,14 +54,17 @@ struct RowStats {
   float entropy, mean_logp, top_prob;
 };
 
-// nan everywhere where the row has a nan or +inf, or nothing but -inf: there is no distribution.
-HD RowStats finish_row(const RowSums& s, int64_t width, double inverse_t) {
+// False where the row has a nan or +inf, or nothing but -inf.
+HD bool has_distribution(const RowSums& s) { return s.e > 0 && s.e < 1e300; }
+
+// nan everywhere where there is no distribution.
+HD RowStats finish_row(const RowSums& s, double inverse_t) {
   RowStats r;
-  double sum = s.e > 0 && s.e < 1e300 ? s.e : static_cast<double>(NAN);
+  double sum = has_distribution(s) ? s.e : static_cast<double>(NAN);
   r.log_sum = log(sum);
   r.lse = static_cast<double>(s.max) * inverse_t + r.log_sum;
   r.entropy = static_cast<float>(r.log_sum - s.ed / sum);
-  r.mean_logp = static_cast<float>(s.d / static_cast<double>(width) - r.log_sum);
+  r.mean_logp = static_cast<float>(s.d / static_cast<double>(s.count) - r.log_sum);
   r.top_prob = static_cast<float>(1.0 / sum);
   return r;
 }

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import torch
 
-from pymathrl.ops._call import _C, use_reference, view
+from pymathrl.ops._call import _C, optional_view, use_reference, view
 from pymathrl.ops._call import stream as stream_handle
-from pymathrl.ops.token_logprob import TIE
+from pymathrl.ops.token_logprob import TIE, support_mean_ref
 
 STREAM_TOKEN, STREAM_NOISE, STREAM_DATA = 0, 1, 2  # of the random numbers: tokens, soft-token noise, tasks and data
 
@@ -17,9 +17,14 @@ STREAM_TOKEN, STREAM_NOISE, STREAM_DATA = 0, 1, 2  # of the random numbers: toke
 class SampleToken(NamedTuple):
     ids: torch.Tensor  # [B] int64; -1 where the row has no distribution (nan, +inf, or nothing but -inf)
     logp: torch.Tensor  # [B] fp32, nats: of ids under the filtered, renormalised distribution
-    entropy: torch.Tensor  # [B] fp32, nats: of softmax(logits / temperature) before the filters
-    mean_logp: torch.Tensor  # [B] fp32, nats: mean over the whole vocabulary, before the filters
+    entropy: torch.Tensor  # [B] fp32, nats: of that distribution
+    mean_logp: torch.Tensor  # [B] fp32, nats: mean of its log-probs over the tokens that the filters kept
     kept_mass: torch.Tensor  # [B] fp32: the share of the probability that the filters left; 1 without filters
+
+
+def support_bytes(width: int) -> int:
+    """Bytes of one row's support: ceil(V/8)."""
+    return (width + 7) // 8
 
 
 def sample_token(
@@ -33,7 +38,8 @@ def sample_token(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    out=None, support=None,
+    support: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> SampleToken:
     """Draw a token from softmax(logits / temperature) of each row, by inverse CDF in vocabulary order.
 
@@ -47,11 +53,15 @@ def sample_token(
     Equal logits rank by index; each filter keeps at least one token; thresholds are met within 1e-6.
       top_p keeps the most probable tokens until their mass reaches top_p; min_p keeps p >= min_p * max p.
 
-    Without filters logp, entropy and mean_logp equal those of token_logprob bit for bit. With filters logp belongs to
-    the renormalised distribution: p = (.5, .3, .15, .05) under top_p = 0.8 keeps {0, 1}, logp of token 0 is ln(.5/.8).
+    logp, entropy and mean_logp belong to the distribution that the token is drawn from, renormalised over what the
+    filters keep: p = (.5, .3, .15, .05) under top_p = 0.8 keeps {0, 1}, logp of token 0 is ln(.5/.8), mean_logp is the
+    mean of two log-probs. They equal those of token_logprob bit for bit: without filters on the same logits, with
+    filters on logits that are -inf outside `support`.
+    support: uint8 [B, ceil(V/8)], contiguous, is written: bit j%8 of byte j//8 is 1 where the filters kept token j (all
+    tokens where there are no filters, or temperature is 0), 0 where they cut it, its logit is -inf, or j >= V.
     A token with a logit of -inf is never drawn. Not differentiable.
     Raises ValueError for a wrong shape, dtype, device or setting. A row without a distribution raises nothing (on a GPU
-    that would wait for the device): its id is -1 and its numbers are nan.
+    that would wait for the device): its id is -1, its numbers are nan and its support is empty.
     """
     if logits.ndim != 2 or logits.shape[1] < 1:
         raise ValueError(f"sample_token: logits must be [B,V], got {list(logits.shape)}")
@@ -62,19 +72,23 @@ def sample_token(
             f"sample_token: need top_k >= 0 and top_p, min_p in [0, 1], got top_k={top_k}, top_p={top_p}, min_p={min_p}"
         )
     if use_reference():
-        r = sample_token_ref(
-            logits, seed, uid, step, stream=stream, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-        )
-        if out: out[0].copy_(r[0]); out[1].copy_(torch.stack(r[1:]))
-        return r
+        drawn = sample_token_ref(
+            logits, seed, uid, step, stream=stream, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+            support=support,
+        )  # fmt: skip
+        if out is not None:
+            out[0].copy_(drawn.ids)
+            out[1].copy_(torch.stack(drawn[1:]))
+        return drawn
     rows, device = logits.shape[0], logits.device
-    if out: ids, numbers = out
+    if out is not None:
+        ids, numbers = out
     else:
         ids = torch.empty(rows, dtype=torch.int64, device=device)
         numbers = torch.empty((4, rows), dtype=torch.float32, device=device)  # one allocation: a call costs microseconds
     _C.sample_token(
         view(logits), view(uid), view(step), view(ids), view(numbers), seed & (2**64 - 1), stream, temperature,
-        top_k, top_p, min_p, stream_handle(logits),
+        top_k, top_p, min_p, optional_view(support), stream_handle(logits),
     )  # fmt: skip
     return SampleToken(ids, *numbers.unbind())
 
@@ -90,6 +104,7 @@ def sample_token_ref(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    support: torch.Tensor | None = None,
 ) -> SampleToken:
     """The same in plain torch, in fp32 or, for float64 logits, in float64."""
     z = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
@@ -112,20 +127,37 @@ def sample_token_ref(
         if min_p > 0.0:
             kept &= ranked >= min_p * (1 - TIE)
         kept[:, 0] = True
-    e = torch.zeros_like(e).scatter(1, order, ranked * kept)
+    inside = torch.zeros_like(kept).scatter(1, order, kept) & (z > -torch.inf)
+    e = torch.where(inside, e, 0.0)
     mass = e.sum(-1, keepdim=True)
     u = philox_uniform_ref(seed, uid, step, stream)[:, None]
     above = (e.double().cumsum(-1) > u * e.double().sum(-1, keepdim=True)) & (e > 0)
     last = width - 1 - (e > 0).flip(-1).int().argmax(-1)  # where rounding leaves u * mass unreached
     ids = order[:, 0] if greedy else torch.where(above.any(-1), above.int().argmax(-1), last)
-    logp_all = d - total.log()
+    logp_all = (d - mass.log()).masked_fill(~inside, -torch.inf)
     p = logp_all.exp()
     entropy = -(p * logp_all.masked_fill(p == 0, 0.0)).sum(-1)
-    unfiltered = mass == total
-    logp = (d - torch.where(unfiltered, total, mass).log()).gather(1, ids[:, None])[:, 0]
+    logp = logp_all.gather(1, ids[:, None])[:, 0]
     bad = ~total[:, 0].isfinite()
-    numbers = (logp, entropy, logp_all.mean(-1), (mass / total)[:, 0])
+    if support is not None:
+        support.copy_(support_pack_ref(inside & ~bad[:, None]))
+    numbers = (logp, entropy, support_mean_ref(logp_all), (mass / total)[:, 0])
     return SampleToken(ids.masked_fill(bad, -1), *(x.masked_fill(bad, math.nan) for x in numbers))
+
+
+def support_pack_ref(kept: torch.Tensor) -> torch.Tensor:
+    """bool [B,V], True = inside -> the support, uint8 [B, ceil(V/8)]; bits past V are 0."""
+    rows, width = kept.shape
+    padded = kept.new_zeros(rows, 8 * support_bytes(width))
+    padded[:, :width] = kept
+    weight = 2 ** torch.arange(8, device=kept.device)
+    return (padded.view(rows, -1, 8) * weight).sum(-1).to(torch.uint8)
+
+
+def support_unpack(support: torch.Tensor, width: int) -> torch.Tensor:
+    """The support, uint8 [B, ceil(V/8)] -> bool [B,V], True = inside."""
+    bits = support[:, :, None] >> torch.arange(8, dtype=torch.uint8, device=support.device) & 1
+    return bits.flatten(1)[:, :width].bool()
 
 
 def philox_uniform(seed: int, uid: torch.Tensor, step: torch.Tensor, stream: int = STREAM_TOKEN) -> torch.Tensor:

@@ -16,7 +16,7 @@ TIE = 1e-6  # relative slack within which a probability equals a filter's thresh
 class TokenLogprob(NamedTuple):
     logp: torch.Tensor  # [N] fp32, nats: log-prob of ids under softmax(logits / temperature)
     entropy: torch.Tensor  # [N] fp32, nats
-    mean_logp: torch.Tensor  # [N] fp32, nats: mean over the whole vocabulary of the log-probs; constant
+    mean_logp: torch.Tensor  # [N] fp32, nats: mean of the log-probs over the tokens of finite logit; constant
     top_prob: torch.Tensor  # [N] fp32: the largest probability; constant
     lse: torch.Tensor  # [N] float64, nats: logsumexp(logits / temperature), what the backward needs; constant
     proxy_logp: torch.Tensor | None = None  # [N] fp32, nats: with min_p given; constant
@@ -34,8 +34,10 @@ def token_logprob(
 
     Differentiable in logits through logp and entropy; everything else is a constant. Mathematics in fp32, whatever the
     dtype of the logits; gradients come in the dtype of the logits.
-    A logit of -inf is a token with p = 0: it adds nothing to the entropy, and mean_logp of its row is -inf. A row with
-    a nan, a +inf or nothing but -inf gives nan. The result of a row depends on that row alone, bit for bit.
+    A logit of -inf is a token outside the support (see sample_token): p = 0, nothing in the entropy, not
+    counted in mean_logp, gradient 0. logp, entropy and mean_logp are then those that sample_token reports under the
+    filters that cut it, bit for bit. logp of an id outside the support is -inf.
+    A row with a nan, a +inf or nothing but -inf gives nan. The result of a row depends on that row alone, bit for bit.
     Raises ValueError for a wrong shape, dtype, device, temperature, or an id outside [0,V); on a GPU, where that check
     would wait for the device, such a row gives nan and nothing is read out of bounds.
     """
@@ -62,7 +64,8 @@ def token_logprob_backward_(
 
     logits [N,V] (overwritten, returned), ids [N] as in the forward; lse [N] float64 and entropy [N] fp32 are its
     results; grad_logp g [N] and grad_entropy gH [N] fp32, None = zero; entropy may be None where grad_entropy is.
-    A row whose g and gH are exactly 0 gets exact zeros, whatever its logits hold. Not seen by autograd.
+    A row whose g and gH are exactly 0 gets exact zeros, whatever its logits hold; so does every logit of -inf. Not seen
+    by autograd.
     Raises ValueError like token_logprob, and for logits whose rows overlap in memory.
     """
     _check(logits, ids, temperature)
@@ -154,8 +157,15 @@ def token_logprob_ref(
         rest = torch.log_softmax(constant.masked_fill(~kept, -torch.inf), dim=-1).gather(1, ids[:, None])[:, 0]
         proxy = rest.masked_fill(rest == -torch.inf, PROXY_FLOOR)
     return TokenLogprob(
-        chosen, entropy, logp.mean(-1).detach(), p.amax(-1).detach(), torch.logsumexp(z, -1).double().detach(), proxy
-    )
+        chosen, entropy, support_mean_ref(logp.detach()), p.amax(-1).detach(),
+        torch.logsumexp(z, -1).double().detach(), proxy,
+    )  # fmt: skip
+
+
+def support_mean_ref(logp: torch.Tensor) -> torch.Tensor:
+    """Mean over each row of logp [N,V] of the entries that are not -inf."""
+    inside = logp != -torch.inf  # nan counts: it must stay
+    return logp.masked_fill(~inside, 0.0).sum(-1) / inside.sum(-1)
 
 
 def token_logprob_backward_ref(
@@ -183,4 +193,5 @@ def token_logprob_backward_ref(
         inner = logp.masked_fill(p == 0, 0.0) + entropy.to(compute)[:, None]
         gradient -= grad_entropy.to(compute)[:, None] * p * inner
         skip &= grad_entropy == 0
-    return (gradient / temperature).masked_fill(skip[:, None], 0.0).to(logits.dtype)
+    constant = skip[:, None] | (logits == -torch.inf)
+    return (gradient / temperature).masked_fill(constant, 0.0).to(logits.dtype)

@@ -15,9 +15,13 @@ from pymathrl.ops import (
     rotary_ref,
     swiglu,
     swiglu_ref,
+    sample_token,
+    token_logprob,
+    token_logprob_ref,
 )
 from pymathrl.ops.policy_loss import STATS
-from tests.oracle import accepts, relative_l2
+from pymathrl.ops.sample_token import support_bytes, support_pack_ref, support_unpack
+from tests.oracle import accepts, relative_l2, support_mask_
 
 DATA = draw(4096, seed=0)
 COUNT = int(DATA["mask"].sum())
@@ -335,3 +339,48 @@ def test_wrong_slopes_of_the_activation_are_refused():
     for slope in (s, s * (1 - s), s * (1 - gate * (1 - s)), s * (1 + gate * s)):
         assert not accepts(torch.cat([dout * up * slope, dup], -1).float(), ref32, ref64)
     assert not accepts(torch.cat([dup, dout * up * s * (1 + gate * (1 - s))], -1).float(), ref32, ref64)
+WIDTH = 1000
+LOGITS = 5 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(4))
+SUPPORT = torch.empty(64, support_bytes(WIDTH), dtype=torch.uint8)
+DRAWN = sample_token(LOGITS, 0, torch.arange(64), torch.arange(64), top_p=0.9, support=SUPPORT)
+KEPT = support_unpack(SUPPORT, WIDTH)
+
+
+def scored(kept: torch.Tensor, dtype: torch.dtype = torch.float64):
+    return token_logprob_ref(LOGITS.to(dtype).masked_fill(~kept, -torch.inf), DRAWN.ids)
+
+
+def reversed_bits() -> torch.Tensor:
+    """Bit 7 - j%8 for token j: the order of the other common packing."""
+    packed = support_pack_ref(KEPT.view(64, -1, 8).flip(2).flatten(1))
+    return support_unpack(packed, WIDTH)
+
+
+SUPPORT_MUTANTS = {  # what a wrong mask gives for (logp, entropy, mean_logp)
+    "wrong bit order": lambda: scored(reversed_bits()),
+    "mask ignored": lambda: scored(torch.ones_like(KEPT)),
+    "mask upside down": lambda: scored(~KEPT),
+    "one token of the support missing": lambda: scored(KEPT.scatter(1, LOGITS.argmax(1, keepdim=True), False)),
+    "rows shifted by one": lambda: scored(KEPT.roll(1, 0)),
+    "renormaliser missing": lambda: scored(KEPT)._replace(
+        logp=scored(torch.ones_like(KEPT)).logp,
+        entropy=scored(KEPT).entropy - scored(torch.ones_like(KEPT)).logp + scored(KEPT).logp,
+        mean_logp=scored(KEPT).mean_logp + scored(torch.ones_like(KEPT)).logp - scored(KEPT).logp,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SUPPORT_MUTANTS)
+def test_wrong_supports_are_refused(name):
+    ours = token_logprob(support_mask_(LOGITS.clone(), SUPPORT), DRAWN.ids)
+    ref32, ref64, wrong = scored(KEPT, torch.float32), scored(KEPT), SUPPORT_MUTANTS[name]()
+    for number in ("logp", "entropy", "mean_logp"):
+        assert accepts(getattr(ours, number), getattr(ref32, number), getattr(ref64, number))
+        value = getattr(wrong, number).float()
+        assert not accepts(value, getattr(ref32, number), getattr(ref64, number)), number
+
+
+def test_mean_over_the_vocabulary_is_refused():
+    """The sum over the support divided by V instead of the support's size."""
+    ref32, ref64 = scored(KEPT, torch.float32).mean_logp, scored(KEPT).mean_logp
+    assert not accepts((ref64 * KEPT.sum(1) / WIDTH).float(), ref32, ref64)

@@ -14,7 +14,7 @@ import torch
 from pymathrl import _C
 from pymathrl.ops.rms_norm import add_rms_norm
 from pymathrl.ops.rotary import rotary
-from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.sample_token import sample_token, support_bytes, support_unpack
 from pymathrl.ops.swiglu import swiglu
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -38,7 +38,9 @@ def digest() -> str:
             )
             results = [*forward, dz.float()]
             for kw in ({}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}):
-                results += sample_token(z, 1, where, where, **kw)
+                support = torch.empty(7, support_bytes(width), dtype=torch.uint8)
+                drawn = sample_token(z, 1, where, where, support=support, **kw)
+                results += [*drawn, support, *token_logprob(z.masked_fill(~support_unpack(support, width), -torch.inf), drawn.ids)[:-1]]
             for x in results:
                 h.update(x.numpy().tobytes())
     for results in (*layer_parts(generator), *heads(generator)):
