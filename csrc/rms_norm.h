@@ -10,7 +10,7 @@ namespace pymathrl {
 constexpr int64_t kNormRows = 32;  // rows whose dw adds up in fp32; such sums add up in double, in order (256 rows: 3x the error)
 
 struct RmsNormParams {
-  DType dtype;           // T: fp32; on a GPU also bf16, with h rounded to it before the norm, as a model without fusion does
+  DType dtype;           // T: fp32; on a GPU also bf16, to which h is rounded before the norm, as without fusion
   const void* x;         // [N,D] T
   const void* residual;  // [N,D] T or null
   const void* weight;    // [D] T

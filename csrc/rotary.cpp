@@ -11,8 +11,9 @@ constexpr int64_t kGrainElements = 16384;  // about 10 us of work
 
 void forward_row(const RotaryParams& p, int64_t row) {
   const int64_t all = p.heads + 2 * p.kv_heads;
-  const float *x = static_cast<const float*>(p.qkv) + row * all * p.head_dim, *rope = p.rope + p.position[row] * p.head_dim;
-  float* out = static_cast<float*>(p.out) + row * all * p.head_dim;
+  const int64_t start = row * all * p.head_dim;
+  const float *x = static_cast<const float*>(p.qkv) + start, *rope = p.rope + p.position[row] * p.head_dim;
+  float* out = static_cast<float*>(p.out) + start;
   for (int64_t index = 0; index < all; ++index, x += p.head_dim, out += p.head_dim) {
     const HeadKind kind = head_kind(p, index);
     if (kind.turned)

@@ -2,15 +2,17 @@
 //   y_e = x_e rstd w_e  (or y = x),  rstd = 1 / sqrt(mean(x^2) + eps)
 //   out_j = (y_j c_j - y_{j+h} s_j) scale,  out_{j+h} = (y_{j+h} c_j + y_j s_j) scale,  j < h = E/2
 // The pairs are (j, j+h), Hugging Face's layout. A row of the rope table holds c_0..c_{h-1}, then s_0..s_{h-1}.
-// Training (the op rotary) and generation (paged_attention) call these functions: their heads agree bit for bit. The sum
-// of squares has kLanes partial sums and one tree, so that loops, vectors and warps add in the same order.
+// Training (the op rotary) and generation (paged_attention) call these functions: their heads agree bit for bit. The
+// sum of squares has kLanes partial sums and one tree, so that loops, vectors and warps add in the same order.
 #pragma once
 #include "rms_norm.h"
 
 namespace pymathrl {
 
-// Backward: u = scale R^T dout is dy; then rms_norm's, head by head, with dw summed over tokens and heads.
-// T tokens, C = (H+2K)E columns. Bytes in fp32 (bf16: half): forward 8TC, backward 8TC, with norms 12TC: memory-bound.
+// The op rotary prepares the heads of N tokens. Backward: dy = scale R^T dout, then rms_norm's gradient, head by head,
+// with dw summed over tokens and heads. C = (H+2K)E columns; bytes in fp32 (bf16: half): forward 8NC, backward 8NC, with
+// norms 12NC: memory-bound.
+
 constexpr int64_t kRotaryRows = 4;  // tokens whose dw adds up in fp32; such sums add up in double, in order
 
 struct RotaryParams {
@@ -26,10 +28,10 @@ struct RotaryParams {
 };
 
 struct RotaryGradParams {
-  RotaryParams forward;  // out unused; qkv null where there are no norms
+  RotaryParams forward;  // out is not used; qkv only where there are norms
   const void* dout;      // [N,(H+2K)E] T
   void* dqkv;            // [N,(H+2K)E] T out
-  float* dw;             // [1 + ceil(N/kRotaryRows), 2E]: of q_norm and k_norm, row 0 out, the rest the sums of the blocks
+  float* dw;             // [1 + ceil(N/kRotaryRows), 2E]: of q_norm, k_norm; row 0 out, the rest the sums of the blocks
 };
 
 void rotary_cpu(const RotaryParams& p);
@@ -59,7 +61,7 @@ HD HeadPair turn_pair(HeadPair y, float cosine, float sine, float scale) {
   return {(y.low * cosine - y.high * sine) * scale, (y.high * cosine + y.low * sine) * scale};
 }
 
-HD HeadPair turn_back(HeadPair dy, float cosine, float sine, float scale) { return turn_pair(dy, cosine, -sine, scale); }
+HD HeadPair turn_back(HeadPair d, float cosine, float sine, float scale) { return turn_pair(d, cosine, -sine, scale); }
 
 HD float head_rstd(const float* x, int64_t head_dim, float eps) {
   float lane[kLanes] = {};

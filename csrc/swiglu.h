@@ -1,7 +1,7 @@
-// swiglu: out = silu(gate) up, silu(x) = x s(x), s(x) = 1 / (1 + e^-x);  gate_up = [gate | up]   (Shazeer, arXiv 2002.05202)
+// swiglu: out = silu(gate) up, silu(x) = x s(x), s(x) = 1 / (1 + e^-x), [gate | up] = gate_up   (arXiv 2002.05202)
 //   dup = dout silu(gate), dgate = dout up s (1 + gate (1 - s)): s is computed again, so that only gate_up is kept.
-// N rows, F width. Bytes in fp32 (bf16: half): forward 12NF, backward 20NF. 25 flops per element, 2 per byte: memory-bound
-// on a GPU; on a CPU outside its caches.
+// N rows, F width. Bytes in fp32 (bf16: half): forward 12NF, backward 20NF. 25 flops per element, 2 per byte:
+// memory-bound on a GPU; on a CPU outside its caches.
 #pragma once
 #include "common/row_softmax.h"
 
