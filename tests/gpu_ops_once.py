@@ -16,6 +16,7 @@ import torch
 from pymathrl.ops._call import _C, DTYPES, view
 from pymathrl.ops.attention import attention, decode_attention
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
+from pymathrl.ops.linear import linear, linear_out
 from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 from pymathrl.ops.sample_token import sample_token
@@ -98,6 +99,14 @@ def run_rms_norm(device: str) -> None:
     (h + y).sum().backward()
 
 
+def run_linear(device: str) -> None:
+    x, w, bias = torch.randn(67, 45).to(device), torch.randn(129, 37).to(device), torch.randn(129).to(device)
+    linear(x[:, :37].contiguous().requires_grad_(), w, bias, exact=True).sum().backward()
+    linear_out(x[:, 5:42], w, torch.empty(67, 131).to(device)[:, :129], exact=True)  # rows apart, of odd alignment
+    if device == "cuda":
+        linear(x[:, :37].bfloat16(), w.bfloat16(), exact=True)
+
+
 RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "group_advantage": run_group_advantage,
     "policy_loss": run_policy_loss,
@@ -105,6 +114,7 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "sample_token": run_sample_token,
     "attention": run_attention,
     "rms_norm": run_rms_norm,
+    "linear": run_linear,
 }
 
 
