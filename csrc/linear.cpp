@@ -174,7 +174,7 @@ void block(const LinearParams& p, int64_t m0, int64_t m1, int64_t n0, int64_t n1
         }
         float narrow[kRowBlock][kColumnTile] = {};  // strips are whole: the last one's columns pass through here
         for (int64_t i = 0; i < rows; ++i)
-          for (int64_t j = 0; j < columns; ++j) narrow[i][j] = s.from == kZero ? 0.0f : s.from[i * s.from_stride + j];
+          for (int64_t j = 0; j < columns; ++j) narrow[i][j] = s.from[i * s.from_stride + j];
         float* y = s.y;
         s.from = s.y = narrow[0];
         s.from_stride = s.y_stride = kColumnTile;
