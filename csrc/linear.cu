@@ -11,15 +11,15 @@ constexpr int kEach = kTile / kSide;
 
 // Rows [first, first + kTile) and elements [k, k + kDepth) of a matrix, turned; zeros outside it.
 template <class T>
-__device__ void load_tile(float (*tile)[kTile + 1], const T* matrix, int64_t stride, int64_t first, int64_t rows, int64_t k,
-                          int64_t depth) {
+__device__ void load_tile(float (*tile)[kTile + 1], const T* matrix, int64_t stride, int64_t first, int64_t rows,
+                          int64_t k, int64_t depth) {
   for (int i = threadIdx.x; i < kTile * kDepth; i += kSide * kSide) {
     const int64_t row = first + i / kDepth, column = k + i % kDepth;
     tile[i % kDepth][i / kDepth] = row < rows && column < depth ? to_f32(matrix[row * stride + column]) : 0.0f;
   }
 }
 
-// Each element of y belongs to one thread, which walks K in order: no other row, and no number of rows, changes its bits.
+// An element of y belongs to one thread, which walks K in order: no other row, and no number of rows, changes its bits.
 template <class T> __global__ void __launch_bounds__(kSide * kSide) linear_kernel(LinearParams p) {
   __shared__ float x[kDepth][kTile + 1], w[kDepth][kTile + 1];
   const int64_t row_tiles = (p.rows + kTile - 1) / kTile;

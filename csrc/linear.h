@@ -1,19 +1,19 @@
-// linear: y[m,n] = bias[n] + sum_k x[m,k] w[n,k]   (x: M rows, w: N rows, both contiguous along K), fp32, and its bits of a
-// row follow from that row of x, w and bias alone: not from M, the rows beside it, the threads or the alignment (a library
-// GEMM picks another kernel, with another order of the sum, for another M). The order, for every M:
-//   K is cut into linear_chunks(K) pieces of equal length. In a piece, lane l of the processor's vector sums the products of
-//   the elements k = l mod lanes in order, by fused multiply-adds where the processor has them; the lanes are added in a
-//   fixed tree; y starts as the bias (or 0) and the pieces are added to it in order.
-// The number of lanes and the fusing belong to the processor level, so two levels may differ in the last bits, as two
-// processors do under any BLAS; within a process they never do. The CUDA twin's order is that of k, on every device.
-// Flops 2MNK; bytes 4(MK + NK + MN): memory-bound below about M = 12 (one flop per two bytes of w and row).
+// linear: y[m,n] = bias[n] + sum_k x[m,k] w[n,k]   (x: M rows, w: N rows, both contiguous along K), summed in fp32.
+// The bits of a row of y follow from that row of x, w and bias alone: not from M, the rows beside it, the threads or
+// the alignment (a library's product takes another kernel, with another order of the sum, for another M). For every M:
+//   K is cut into linear_chunks(K) pieces of equal length. In a piece, lane l of the processor's vector sums the
+//   products of the elements k = l mod lanes in order, by fused multiply-adds where the processor has them; a fixed
+//   tree adds the lanes; y starts as the bias, or 0, and the pieces are added to it in order.
+// The number of lanes and the fusing belong to the processor level: two levels differ in the last bits, as two
+// processors do under any BLAS; a process has one level. The CUDA twin adds in the order of k, on every device.
+// Flops 2MNK; bytes 4(MK + NK + MN): on a CPU memory-bound below M = 12 or so, where w is read once.
 #pragma once
 #include "common/half.h"
 #include "common/tensor.h"
 
 namespace pymathrl {
 
-constexpr int64_t kLinearChunk = 576;  // longest piece: 7 rows of it, a register tile's, fit the 32 KB of a first-level cache
+constexpr int64_t kLinearChunk = 576;  // longest piece: the 7 rows of a register tile fit 32 KB of first-level cache
 constexpr int64_t kLinearAlign = 16;   // pieces are multiples of this, the widest vector
 
 struct LinearParams {

@@ -16,6 +16,7 @@ import torch
 from pymathrl.ops._call import _C, DTYPES, view
 from pymathrl.ops.attention import attention, decode_attention
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
+from pymathrl.ops.linear import linear, linear_out
 from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
 from pymathrl.ops.rotary import rotary
@@ -128,6 +129,14 @@ def run_swiglu(device: str) -> None:
             swiglu_out(gate_up.detach(), torch.empty(ROWS, width, dtype=dtype, device=device))
 
 
+def run_linear(device: str) -> None:
+    x, w, bias = torch.randn(67, 45).to(device), torch.randn(129, 37).to(device), torch.randn(129).to(device)
+    linear(x[:, :37].contiguous().requires_grad_(), w, bias, exact=True).sum().backward()
+    linear_out(x[:, 5:42], w, torch.empty(67, 131).to(device)[:, :129], exact=True)  # rows apart, of odd alignment
+    if device == "cuda":
+        linear(x[:, :37].bfloat16(), w.bfloat16(), exact=True)
+
+
 RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "group_advantage": run_group_advantage,
     "policy_loss": run_policy_loss,
@@ -137,6 +146,7 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "rms_norm": run_rms_norm,
     "rotary": run_rotary,
     "swiglu": run_swiglu,
+    "linear": run_linear,
 }
 
 

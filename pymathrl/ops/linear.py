@@ -1,4 +1,4 @@
-"""The matrix product of a layer, y = x w^T + bias, whose rows do not depend on each other to the last bit (csrc/linear.h)."""
+"""The product of a layer, y = x w^T + bias: no row depends on another to the last bit (csrc/linear.h)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
 
 
-def linear(
-    x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False
-) -> torch.Tensor:
+def linear(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None = None, *, exact: bool = False) -> torch.Tensor:
     """y = x w^T + bias. x [...,K], w [N,K] contiguous, bias [N] or None -> [...,N]; differentiable in all three.
 
     CPU: fp32, by the kernel: the bits of a row of y follow from that row of x, w and bias alone, for any number of rows
@@ -47,7 +45,7 @@ def linear_out(
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """x as [M,K] with contiguous rows; a copy only where its strides leave no other way."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
     return rows if rows.stride(1) == 1 or rows.shape[1] == 1 else rows.contiguous()
 
 
@@ -70,10 +68,10 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, w = ctx.saved_tensors
-        rows = dy.reshape(-1, w.shape[0])
+        rows = _rows(dy)
         need_x, need_w, need_bias = ctx.needs_input_grad
         dx = torch.mm(rows, w).view(x.shape) if need_x else None
-        dw = torch.mm(rows.t(), x.reshape(-1, w.shape[1])) if need_w else None
+        dw = torch.mm(rows.t(), _rows(x)) if need_w else None
         return dx, dw, rows.sum(0, dtype=torch.float32) if need_bias else None
 
 
