@@ -108,7 +108,7 @@ class Cache:
         """A copy."""
         norms = {k: v.to(device, dtype) if torch.is_tensor(v) else v for k, v in self.options.items()}
         rest = (x.to(device, dtype, copy=True) for x in (self.rope, self.keys, self.values))
-        return Cache([x.to(device, dtype) for x in self.qkv], self.table.to(device), *rest, norms)
+        return Cache([x.to(device, dtype) for x in self.qkv], self.table.to(device, copy=True), *rest, norms)
 
     def step(self, rows: list[tuple[int, int]], op=paged_attention) -> torch.Tensor:
         """One call over rows of (slot, position); slot -1 is padding."""
