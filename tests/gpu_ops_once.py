@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 from pymathrl.ops._call import _C, DTYPES, view
-from pymathrl.ops.attention import attention, decode_attention
+from pymathrl.ops.attention import PAGE, attention, paged_attention
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
 from pymathrl.ops.linear import linear, linear_out
 from pymathrl.ops.policy_loss import policy_loss
@@ -86,14 +86,20 @@ def run_sample_token(device: str) -> None:
 
 
 def run_attention(device: str) -> None:
-    for heads, kv_heads, head_dim in ((4, 2, 16), (3, 1, 40)):
-        qkv = torch.randn(ROWS, 19, (heads + 2 * kv_heads) * head_dim).to(device).requires_grad_()
-        angle = torch.polar(torch.ones(19, head_dim // 2), torch.rand(19, head_dim // 2)).to(device)
-        pad = torch.arange(ROWS).to(device)
-        attention(qkv, angle, heads, kv_heads, 0.2, pad).out.sum().backward()
-        cache = torch.zeros(2, ROWS, kv_heads, 19, head_dim).to(device)
-        step = qkv.detach()[:, 0].contiguous()
-        decode_attention(step, angle, cache, pad, 18, heads, kv_heads, 0.2)
+    offsets = torch.tensor([0, 19, 19, 40]).to(device)
+    for heads, kv_heads, head_dim in ((4, 2, 16), (5, 1, 40), (3, 3, 64), (2, 1, 256)):
+        for dtype in activations(device):
+            qkv = torch.randn(43, (heads + 2 * kv_heads) * head_dim).to(device, dtype).requires_grad_()
+            attention(qkv, offsets, heads, kv_heads).sum().backward()
+            slot = torch.tensor([0] * 40 + [-1, 1, 2]).to(device)
+            position = torch.tensor([*range(40), 0, 0, 0]).to(device)
+            table = torch.arange(9, dtype=torch.int32).view(3, 3).to(device)
+            rope, norm = torch.rand(48, head_dim).to(device), torch.rand(head_dim).to(device)
+            keys = torch.zeros(9, kv_heads, head_dim, PAGE).to(device, dtype)
+            values, out = keys.transpose(2, 3).contiguous(), qkv.new_empty(43, heads * head_dim)
+            shape = {"heads": heads, "kv_heads": kv_heads, "scale": 0.2}
+            for options in ({}, {"q_norm": norm, "k_norm": norm}):
+                paged_attention(qkv.detach(), position, slot, table, rope, keys, values, out, **shape, **options)
 
 
 def activations(device: str) -> tuple[torch.dtype, ...]:

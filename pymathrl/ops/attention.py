@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
+from pymathrl.ops.rotary import rotary_ref
 
 MAX_HEAD = 256  # largest head size of the kernels (kMaxHead in csrc/attention.h); head sizes are multiples of 8
 PAGE = 16  # positions of a page of the cache (kPage)
@@ -27,7 +29,7 @@ def attention(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: in
              Tokens from offsets[B] on are padding: their results and gradients are 0
 
     Returns [T,H*E] in the dtype of qkv; differentiable in qkv. Values are the same for every thread count, and on the
-    CPU bit for bit those of paged_attention over the same heads.
+    CPU bit for bit those of paged_attention, where `rotary` prepared the heads.
     Raises ValueError for a wrong shape, dtype or head size, and on the CPU for offsets that are none.
     """
     _check("attention", qkv, heads, kv_heads)
@@ -67,7 +69,7 @@ def paged_attention(
     q_norm, k_norm  fp32 [E] weights of an RMSNorm of each head before the rotation, with `eps`; None: no norm
 
     Not differentiable. A row's result depends on its sequence alone: not on how its tokens are cut into calls, on other
-    rows, on the pages used, or on threads. On the CPU it is bit for bit what `attention` gives on prepared heads.
+    rows, on the pages used, or on threads. On the CPU it is bit for bit what `rotary` and `attention` give.
     Raises ValueError for a wrong shape, dtype or head size, and on the CPU for slots, positions or pages out of range.
     """
     _check("paged_attention", qkv, heads, kv_heads)
@@ -120,7 +122,7 @@ def attention_ref(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads
     q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(0, 1).split([heads, kv_heads, kv_heads])
     bounds = offsets.tolist()
     out = [qkv.new_zeros(heads, 0, q.shape[-1])]
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in itertools.pairwise(bounds):
         if first < last:
             out.append(
                 F.scaled_dot_product_attention(
@@ -129,16 +131,6 @@ def attention_ref(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads
                 )[0]
             )  # fmt: skip
     return F.pad(torch.cat(out, 1).transpose(0, 1).flatten(1), (0, 0, 0, qkv.shape[0] - bounds[-1]))
-
-
-def prepare_head_ref(
-    x: torch.Tensor, rope: torch.Tensor, norm: torch.Tensor | None = None, eps: float = 1e-6
-) -> torch.Tensor:
-    """Heads x [...,E], normalised where `norm` [E] is given, their pairs (j, j+E/2) turned by rope [...,E]."""
-    if norm is not None:
-        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm
-    (low, high), (cosine, sine) = x.chunk(2, -1), rope.chunk(2, -1)
-    return torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
 
 
 def paged_attention_ref(
@@ -159,9 +151,8 @@ def paged_attention_ref(
     eps: float = 1e-6,
 ) -> None:
     """The same in plain torch, one row after the other, in the precision of qkv and the cache."""
-    q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
-    turn = rope[position.clamp(min=0), None]
-    q, k = prepare_head_ref(q, turn, q_norm, eps), prepare_head_ref(k, turn, k_norm, eps)
+    prepared = rotary_ref(qkv, position.clamp(min=0), rope, heads, kv_heads, scale, q_norm, k_norm, eps)
+    q, k, v = prepared.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
     for row, (at, sequence) in enumerate(zip(position.tolist(), slot.tolist(), strict=True)):
         if sequence < 0:
             out[row] = 0
@@ -172,5 +163,5 @@ def paged_attention_ref(
         seen_keys = keys[pages].permute(1, 0, 3, 2).flatten(1, 2)[:, : at + 1]  # [K,n,E]
         seen_values = values[pages].transpose(0, 1).flatten(1, 2)[:, : at + 1]
         out[row] = F.scaled_dot_product_attention(
-            q[row, None, :, None], seen_keys[None], seen_values[None], scale=scale, enable_gqa=True
+            q[row, None, :, None], seen_keys[None], seen_values[None], scale=1.0, enable_gqa=True
         ).flatten()

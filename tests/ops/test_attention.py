@@ -9,14 +9,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from pymathrl.ops.attention import (
-    PAGE,
-    attention,
-    attention_ref,
-    paged_attention,
-    paged_attention_ref,
-    prepare_head_ref,
-)
+from pymathrl.ops.attention import PAGE, attention, attention_ref, paged_attention, paged_attention_ref
+from pymathrl.ops.rotary import rotary
 from tests.oracle import accepts, assert_accurate
 
 # sequence lengths, tokens of padding behind them, query heads, key/value heads, head size
@@ -114,7 +108,7 @@ class Cache:
         """A copy."""
         norms = {k: v.to(device, dtype) if torch.is_tensor(v) else v for k, v in self.options.items()}
         rest = (x.to(device, dtype, copy=True) for x in (self.rope, self.keys, self.values))
-        return Cache([x.to(device, dtype) for x in self.qkv], self.table.to(device), *rest, norms)
+        return Cache([x.to(device, dtype) for x in self.qkv], self.table.to(device, copy=True), *rest, norms)
 
     def step(self, rows: list[tuple[int, int]], op=paged_attention) -> torch.Tensor:
         """One call over rows of (slot, position); slot -1 is padding."""
@@ -177,33 +171,6 @@ def test_paged_accuracy(device: str, case, norm: bool) -> None:
         assert_accurate(*(getattr(c, name) for c in (ours, ref32, ref64)), name)
 
 
-def prepared(cache: Cache) -> torch.Tensor:
-    """The projections of all sequences with their heads prepared, as paged_attention itself prepares them: queries go
-    through the cache as keys of another model. The scale is a power of two, so its product is exact."""
-    heads, kv_heads = cache.options["heads"], cache.options["kv_heads"]
-    qkv = torch.cat(cache.qkv).unflatten(-1, (cache.width, -1))
-    head_dim = qkv.shape[-1]
-    results = []
-    for part, norm in ((qkv[:, :heads], "q_norm"), (qkv[:, heads : heads + kv_heads], "k_norm")):
-        n = part.shape[1]
-        other = Cache(
-            [torch.cat([part, part, part], 1).flatten(1)[a:b] for a, b in pairwise_offsets(cache)],
-            cache.table, cache.rope,
-            torch.zeros(len(cache.keys), n, head_dim, PAGE), torch.zeros(len(cache.keys), n, PAGE, head_dim),
-            {"heads": n, "kv_heads": n, "scale": 1.0, "k_norm": cache.options[norm]},
-        )  # fmt: skip
-        rows = rows_of(other)
-        other.step(rows)
-        results.append(torch.stack([other.keys[cache.table[s, i // PAGE], :, :, i % PAGE] for s, i in rows]))
-    q = results[0] * cache.options["scale"]
-    return torch.cat([q, results[1], qkv[:, heads + kv_heads :]], 1).flatten(1)
-
-
-def pairwise_offsets(cache: Cache) -> list[tuple[int, int]]:
-    bounds = offsets_of(tuple(len(x) for x in cache.qkv)).tolist()
-    return list(zip(bounds, bounds[1:], strict=False))
-
-
 def chunks(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]]:
     """Calls in which each sequence goes on by at most `size` tokens."""
     calls = []
@@ -214,7 +181,7 @@ def chunks(rows: list[tuple[int, int]], size: int) -> list[list[tuple[int, int]]
 
 @pytest.mark.parametrize("case", PAGED, ids=str)
 def test_any_chunking_and_training_agree(device: str, case) -> None:
-    """One token at a time, a few, whole: the same bits, and on a CPU those of training on the prepared heads."""
+    """One token at a time, a few, whole: the same bits, and on a CPU those of training."""
     cache = cache_of(*case)
     rows = rows_of(cache)
     whole = cache.to(device)
@@ -227,7 +194,10 @@ def test_any_chunking_and_training_agree(device: str, case) -> None:
         assert torch.equal(again.keys.nan_to_num(7.0), whole.keys.nan_to_num(7.0))
         assert torch.equal(again.values.nan_to_num(7.0), whole.values.nan_to_num(7.0))
     if device == "cpu":
-        training = attention(prepared(cache), offsets_of(case[0]), *case[1:3])
+        position = torch.tensor([i for _, i in rows])
+        training = attention(
+            rotary(torch.cat(cache.qkv), position, cache.rope, **cache.options), offsets_of(case[0]), *case[1:3]
+        )
         assert torch.equal(training, torch.stack(list(expected.values())))
 
 
@@ -308,6 +278,43 @@ def test_wrong_results_are_refused() -> None:
     for name, mutant in wrong.items():
         assert not accepts(mutant.float(), ref32[1], gradient), name
     assert accepts(ref64[0].float(), ref32[0], ref64[0]) and accepts(gradient.float(), ref32[1], gradient)
+
+
+def test_wrong_paged_results_are_refused() -> None:
+    lengths, heads, kv_heads, head_dim = (70, 40), 4, 2, 16
+    cache = cache_of(lengths, heads, kv_heads, head_dim)
+    rows, late = rows_of(cache), [(0, 69), (1, 39)]
+    ref32, ref64 = (cache.to(dtype=dtype) for dtype in (torch.float32, torch.float64))
+    outs = [c.step(rows, paged_attention_ref) for c in (ref32, ref64)]
+    last = [rows.index(row) for row in late]
+
+    def mutant(change: Callable[[Cache], None]) -> torch.Tensor:
+        """What the reference gives for the last tokens when it goes on from a changed state."""
+        state = ref64.to(dtype=torch.float64)
+        change(state)
+        return state.step(late, paged_attention_ref)
+
+    def option(**changes) -> Callable[[Cache], None]:
+        return lambda c: c.options.update(changes)
+
+    half = head_dim // 2
+    mutants: dict[str, Callable[[Cache], None]] = {
+        "rotation of the other sign": lambda c: c.rope[:, half:].neg_(),
+        "position off by one": lambda c: c.rope.copy_(c.rope.roll(1, 0)),
+        "pairs (2j, 2j+1)": lambda c: c.rope.copy_(c.rope.unflatten(1, (2, half)).transpose(1, 2).flatten(1)),
+        "no scale": option(scale=1.0),
+        "q_norm left out": option(q_norm=None),
+        "k_norm left out": option(k_norm=None),
+        "eps of another model": option(eps=1e-2),
+        "keys of another page": lambda c: c.keys.index_copy_(0, c.table[:, 0].long(), c.keys[c.table[:, 1].long()]),
+        "keys of another order in a page": lambda c: c.keys.copy_(c.keys.flip(-1)),
+        "a page of the other sequence": lambda c: c.table[0, 1].copy_(c.table[1, 1]),
+        "a stale page": lambda c: c.keys[c.table[0, 2].item()].mul_(0.9),
+        "key/value heads swapped": lambda c: (c.keys.copy_(c.keys.flip(1)), c.values.copy_(c.values.flip(1))),
+    }
+    for name, change in mutants.items():
+        assert not accepts(mutant(change).float(), outs[0][last], outs[1][last]), name
+    assert accepts(mutant(lambda c: None).float(), outs[0][last], outs[1][last])
 
 
 def test_arguments_are_checked() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pymathrl import _C
+from pymathrl.ops.attention import PAGE, attention, paged_attention
 from pymathrl.ops.rms_norm import add_rms_norm
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes, support_unpack
@@ -43,7 +44,7 @@ def digest() -> str:
                 results += [*drawn, support, *token_logprob(z.masked_fill(~support_unpack(support, width), -torch.inf), drawn.ids)[:-1]]
             for x in results:
                 h.update(x.numpy().tobytes())
-    for results in (*layer_parts(generator), *heads(generator)):
+    for results in (*layer_parts(generator), *heads(generator), *attentions(generator)):
         for x in results:
             h.update(x.detach().numpy().tobytes())
     return h.hexdigest()
@@ -75,6 +76,26 @@ def heads(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
         turn = lambda x, q=None, k=None: rotary(x, position, rope, 3, 1, 0.3, q, k)  # noqa: B023  # called here
         yield with_gradients(turn, qkv)
         yield with_gradients(turn, qkv.detach(), norms[0].clone(), norms[1].clone())
+
+
+def attentions(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
+    for heads, kv_heads, head_dim in ((4, 2, 8), (3, 1, 24), (5, 1, 64), (2, 2, 136)):
+        qkv = torch.randn(53, (heads + 2 * kv_heads) * head_dim, generator=generator)
+        offsets = torch.tensor([0, 35, 36, 52])
+        yield with_gradients(lambda x: attention(x, offsets, heads, kv_heads), qkv)  # noqa: B023  # called here
+        rope = torch.rand(40, head_dim, generator=generator)
+        keys, values = torch.zeros(8, kv_heads, head_dim, PAGE), torch.zeros(8, kv_heads, PAGE, head_dim)
+        slot = torch.tensor([0] * 35 + [1] + [2] * 16 + [-1])
+        position = torch.cat([torch.arange(35), torch.arange(1), torch.arange(17)])
+        table = torch.arange(9, dtype=torch.int32).clamp(max=7).view(3, 3)
+        out = qkv.new_empty(53, heads * head_dim)
+        weight = torch.rand(head_dim, generator=generator)
+        for rows in (slice(None), slice(34, 35)):  # a run, and one token again
+            paged_attention(
+                qkv.detach()[rows], position[rows], slot[rows], table, rope, keys, values, out[rows],
+                heads=heads, kv_heads=kv_heads, scale=0.2, q_norm=weight, k_norm=weight,
+            )  # fmt: skip
+            yield [out.clone(), keys, values]
 
 
 @pytest.mark.skipif(len(LEVELS) == 1, reason="this processor has one level only: nothing to compare")
