@@ -181,7 +181,7 @@ def test_histories_against_plain_lists(history: list[tuple[int, int, int, int]])
         elif kind < 9:
             s.truncate(b, (3 * n) % (len(s.lists[b]) + 2))
         elif s.table.pages < 14:
-            s.table.grow(s.table.pages + n % 3, 5, 8 + n % 2)
+            s.table.grow(s.table.pages + n % 3, 5, s.table.table.shape[1] + n % 2)
             s.values = torch.cat([s.values, torch.full((n % 3, PAGE), -1)])
     s.check()
     for slot in range(5):
