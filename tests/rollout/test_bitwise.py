@@ -18,6 +18,7 @@ import pymathrl
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY
 from pymathrl.batch import ROLE_SAMPLED, Rollout
+from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.models import Policy
 from pymathrl.models.paged import PagedCache
@@ -309,7 +310,10 @@ def test_the_comparison_notices_a_wrong_engine(plant: Callable[[pytest.MonkeyPat
         gap = (score(policy, rollout, 1.0)[0] - rollout.logp)[rollout.role == ROLE_SAMPLED]
         return float(gap.abs().max())
 
-    assert largest_gap() < 1e-4
+    assert largest_gap() < (1e-4 if use_reference() else 1e-30)
     with pytest.MonkeyPatch.context() as patch:
         plant(patch)
-        assert largest_gap() > 1e-2
+        try:
+            assert largest_gap() > 1e-2
+        except UserError as error:  # keys that nobody wrote may be nan
+            assert "no finite logits" in str(error)

@@ -163,7 +163,7 @@ def test_more_pages_than_are_free_is_an_error() -> None:
     s.check()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4), st.integers(0, 4), st.integers(1, 40)), max_size=30))
 def test_histories_against_plain_lists(history: list[tuple[int, int, int, int]]) -> None:
     """Writes by one or several, shares, cuts, growth, over a pool that is too small for all."""
