@@ -63,8 +63,8 @@ class Rollout:
     uid         int64 [B]    identity of the sample (the counter of its random draws): not a batch slot
     stop        int8  [B]    why the row ended: an index into STOP_NAMES
 
-    Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: the tokens that they left. logp and
-    entropy are of the distribution over these, mean_logp is their mean.
+    Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: the tokens that they left, none for
+    a token drawn without. logp and entropy are of the distribution over these, mean_logp is their mean.
     support_offsets  int64 [T+1]; support_ids  int32 [M]: of token t support_ids[support_offsets[t] : support_offsets[t+1]]
     """
 
@@ -196,7 +196,8 @@ class Rollout:
             _check("Rollout", "support_offsets", self.support_offsets, (tokens + 1,), torch.int64)
             _check("Rollout", "support_ids", self.support_ids, (int(self.support_offsets[-1]),), torch.int32)
             size = self.support_offsets.diff()
-            _require_all((size > 0) == self.sampled_mask, size, "Rollout", "support_offsets", "a support where sampled")
+            ok = (size == 0) | ((size > 0) & self.sampled_mask)
+            _require_all(ok, size, "Rollout", "support_offsets", "rising values, a support only where sampled")
         runs = 1 + int((self.group.diff() != 0).sum())
         distinct = self.group.unique().numel()
         _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
@@ -215,16 +216,12 @@ class Rollout:
             tokens += part.tokens
         joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in (*_TOKEN_FIELDS, *_ROW_FIELDS)}
         joined["group"] = torch.cat(groups)
-        supports = [(p.support_ids, p.support_offsets) for p in parts if p.support_ids is not None]
         support_ids = support_offsets = None
-        if supports:
-            _require(len(supports) == len(parts), "Rollout", "concat(parts)", "supports in all parts or in none", "both")
-            support_ids = torch.cat([ids for ids, _ in supports if ids is not None])
-            sizes = torch.cat([o.diff() for _, o in supports if o is not None])
-            support_offsets = torch.cat([offsets[0], sizes.cumsum(0)])
-        return Rollout(
-            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets
-        )
+        if any(p.support_ids is not None for p in parts):
+            support_ids = torch.cat([p.support_ids for p in parts if p.support_ids is not None])
+            sizes = [p.support_offsets.diff() if p.support_offsets is not None else p.ids * 0 for p in parts]
+            support_offsets = torch.cat([offsets[0], torch.cat(sizes).cumsum(0)])
+        return Rollout(offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets)
 
 
 _TOKEN_FIELDS = {
@@ -365,13 +362,14 @@ def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
 
 
 def keep_support(logits: Tensor, support: tuple[Tensor, Tensor], begin: int = 0) -> None:
-    """Sets logits [n,V], those of tokens begin .. begin+n-1, to -inf outside their support (see `support_of`)."""
+    """Sets logits [n,V], those of tokens begin .. begin+n-1, to -inf outside their support (see `support_of`); those of
+    a token without one, which was drawn without filters, stay."""
     row, ids = support
     bounds = torch.tensor([begin, begin + logits.shape[0]], device=row.device)
     part = slice(*torch.searchsorted(row, bounds).tolist())
     at = row[part] - begin, ids[part]
     kept = logits[at]
-    logits.fill_(-torch.inf)
+    logits[at[0]] = -torch.inf
     logits[at] = kept
 
 

@@ -1,6 +1,7 @@
 """Rollout, Batch and micro-batches: selection, checks, and the index arithmetic against plain loops."""
 
 from dataclasses import fields, replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,10 @@ from pymathrl.batch import (
     ROLE_SAMPLED,
     STOP_EOS,
     STOP_LENGTH,
+    STOP_NAMES,
     Batch,
     Rollout,
+    keep_support,
     micro_batches,
 )
 
@@ -49,6 +52,24 @@ def make_rollout(shape: list[tuple[int, int]], group: list[int] | None = None, f
 SMALL = make_rollout([(2, 3), (1, 1), (3, 2)], group=[0, 0, 1])
 
 
+# of tokens 2, 3, 6, 10 and 11
+FILTERED = replace(
+    SMALL,
+    support_ids=torch.tensor([9, 30, 31, 5, 6, 7, 11, 12], dtype=torch.int32),
+    support_offsets=torch.tensor([0, 0, 0, 1, 3, 3, 3, 5, 5, 5, 5, 6, 8]),
+)
+
+
+def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def support_pairs(rollout: Rollout, tokens: torch.Tensor) -> tuple[list[int], list[int]]:
+    pairs = rollout.support_of(tokens)
+    assert pairs is not None
+    return pairs[0].tolist(), pairs[1].tolist()
+
+
 def make_batch(rollout: Rollout) -> Batch:
     sampled = rollout.sampled_mask.float()
     reward = torch.arange(rollout.rows, dtype=torch.float32)
@@ -66,11 +87,13 @@ def test_by_hand() -> None:
     assert r.response(2).tolist() == [20, 21]
     r.validate()
     make_batch(r).validate()
-    one, two = micro_batches(r, [0, 1, 2], token_budget=8)
-    assert one.rows.tolist() == [0, 2] and one.ids.tolist() == [[10, 11, 12, 13], [17, 18, 19, 20]]
-    assert one.targets.tolist() == [12, 13, 14, 20, 21] and one.token_index.tolist() == [2, 3, 4, 10, 11]
-    assert one.hidden_index.tolist() == [1, 2, 3, 6, 7] and one.offsets.tolist() == [0, 3, 5]
-    assert two.rows.tolist() == [1] and two.ids.tolist() == [[15]] and two.hidden_index.tolist() == [0]
+    one, two = micro_batches(r, [2, 1, 0], token_budget=8)
+    assert one.rows.tolist() == [2, 1] and one.ids.tolist() == [17, 18, 19, 20, 15] and one.starts.tolist() == [0, 4, 5]
+    assert one.targets.tolist() == [20, 21, 16] and one.token_index.tolist() == [10, 11, 6]
+    assert one.hidden_index.tolist() == [2, 3, 4] and one.offsets.tolist() == [0, 2, 3]
+    assert two.rows.tolist() == [0] and two.ids.tolist() == [10, 11, 12, 13] and two.starts.tolist() == [0, 4]
+    assert two.hidden_index.tolist() == [1, 2, 3] and two.offsets.tolist() == [0, 3]
+    assert STOP_NAMES[STOP_EOS] == "eos" and STOP_NAMES[STOP_LENGTH] == "length" and STOP_NAMES[-1] == "none"
 
 
 def test_select_and_concat() -> None:
@@ -85,15 +108,41 @@ def test_select_and_concat() -> None:
     assert both.rollout.group.tolist() == [0, 0, 1, 3, 2]  # shifted by 2 past the groups of the first part
     assert torch.equal(both.rollout.ids, torch.cat([batch.rollout.ids, part.rollout.ids]))
     for f in fields(Rollout):
-        assert torch.equal(getattr(Rollout.concat([SMALL]), f.name), getattr(SMALL, f.name))
+        assert same(getattr(Rollout.concat([SMALL]), f.name), getattr(SMALL, f.name))
     assert batch.select(torch.tensor([], dtype=torch.int64)).rollout.tokens == 0
     batch.select([]).validate()
     with pytest.raises(ValueError, match="at least one rollout"):
         Rollout.concat([])
 
 
+def test_supports_follow_their_tokens() -> None:
+    """Tokens 3, 6 and 11 were drawn from two tokens, 2 and 10 from one, 4 without filters."""
+    FILTERED.validate()
+    row, ids = support_pairs(FILTERED, torch.tensor([3, 4, 11]))
+    assert row == [0, 0, 2, 2] and ids == [30, 31, 11, 12]
+    part = FILTERED.select([2, 1])
+    part.validate()
+    assert part.support_ids is not None and part.support_ids.dtype == torch.int32
+    assert part.support_ids.tolist() == [7, 11, 12, 5, 6]
+    assert part.support_offsets is not None and part.support_offsets.tolist() == [0, 0, 0, 0, 1, 3, 3, 5]
+    assert SMALL.support_of(torch.tensor([3])) is None and SMALL.select([0]).support_ids is None
+    both = Rollout.concat([SMALL, FILTERED])  # of the first nothing was filtered
+    both.validate()
+    assert both.support_ids is not None and both.support_ids.tolist() == FILTERED.support_ids.tolist()
+    assert support_pairs(both, torch.tensor([2, 12 + 6])) == ([1, 1], [5, 6])
+
+
+def test_keep_support() -> None:
+    """Logits of tokens 1 .. 3 of four; the third has no support, and keeps them all."""
+    logits = torch.arange(15.0).view(3, 5)
+    support = torch.tensor([0, 0, 1, 2, 2]), torch.tensor([1, 2, 4, 0, 3])
+    keep_support(logits, support, 1)
+    inf = torch.inf
+    assert logits.tolist() == [[-inf, -inf, -inf, -inf, 4], [5, -inf, -inf, 8, -inf], [10, 11, 12, 13, 14]]
+
+
 def test_to_keeps_every_field() -> None:
-    moved = make_batch(SMALL).to("meta")
+    moved = make_batch(FILTERED).to("meta")
     assert all(getattr(moved.rollout, f.name).device.type == "meta" for f in fields(Rollout))
     assert moved.reward.device.type == moved.coef.device.type == "meta"
     assert torch.equal(make_batch(SMALL).cpu().rollout.ids, SMALL.ids)
@@ -103,6 +152,9 @@ def changed(name: str, at: int, value: float) -> Rollout:
     tensor = getattr(SMALL, name).clone()
     tensor[at] = value
     return replace(SMALL, **{name: tensor})
+
+
+zeros = {name: torch.zeros(12) for name in ("logp", "mean_logp", "entropy")}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +176,17 @@ def changed(name: str, at: int, value: float) -> Rollout:
         (changed("role", 4, 3), r"Rollout.role: expected 0..2, got 3 at index 4"),
         (changed("role", 4, ROLE_PROMPT), "Rollout.role: expected ROLE_PROMPT on the first prompt_len tokens"),
         (changed("role", 0, ROLE_SAMPLED), "Rollout.role: expected ROLE_PROMPT on the first prompt_len tokens"),
-        (changed("stop", 0, 2), r"Rollout.stop: expected 0..1, got 2"),
+        (changed("stop", 0, 5), r"Rollout.stop: expected 0..4, got 5"),
+        (replace(FILTERED, support_offsets=FILTERED.support_offsets[:-1]), r"Rollout.support_offsets: .* \[13\], got"),
+        (replace(FILTERED, support_ids=FILTERED.support_ids.long()), "Rollout.support_ids: expected torch.int32"),
+        (
+            replace(FILTERED, support_ids=FILTERED.support_ids[1:]),
+            r"Rollout.support_ids: expected .* \[8\], got .* \[7\]",
+        ),
+        (
+            replace(FILTERED, role=(SMALL.role * 2).to(torch.int8), **zeros),
+            "Rollout.support_offsets: expected rising values, a support only where sampled, got 1 at index 2",
+        ),
         (changed("ids", 3, -1), "Rollout.ids: expected ids >= 0, got -1 at index 3"),
         (changed("logp", 3, float("nan")), "Rollout.logp: expected finite values, 0 where not sampled, got nan"),
         (changed("entropy", 0, 0.5), "Rollout.entropy: expected finite values, 0 where not sampled, got 0.5"),
@@ -170,28 +232,27 @@ def test_micro_batches_cover_each_sampled_token_once(shape, budget, forced, rand
     chosen = [row for row in range(len(shape)) if random.random() < 0.8]
     random.shuffle(chosen)
     parts = list(micro_batches(rollout, chosen, budget))
-    seen: dict[int, int] = {}
-    widths = []
+    seen: list[int] = []
     for part in parts:
-        rows, width = part.ids.shape
-        widths.append(width)
-        assert rows == 1 or rows * width <= budget
-        assert part.rows.tolist() == sorted(part.rows.tolist())
-        assert width == max(1, int(rollout.lengths[part.rows].max()) - 1)
+        fed = part.starts.diff().tolist()
+        assert len(fed) == part.rows.numel() and part.starts[0] == 0 and sum(fed) == part.ids.numel()
+        assert len(fed) == 1 or sum(fed) <= budget
         assert torch.equal(part.targets, rollout.ids[part.token_index])
-        assert bool((part.token_index.diff() > 0).all())
         for i, row in enumerate(part.rows.tolist()):
-            start = int(rollout.offsets[row])
-            for j in range(int(part.offsets[i]), int(part.offsets[i + 1])):
-                token, cell = int(part.token_index[j]), int(part.hidden_index[j])
-                assert cell // width == i and start + cell % width == token - 1
-                assert int(part.ids.flatten()[cell]) == int(rollout.ids[token - 1])
-                seen[token] = row
-    assert widths == sorted(widths, reverse=True)
-    expected = {t for t in rollout.sampled_mask.nonzero()[:, 0].tolist() if int(rollout.row_of_token[t]) in chosen}
-    assert set(seen) == expected and sum(p.targets.numel() for p in parts) == len(expected)
-    again = list(micro_batches(rollout, sorted(chosen), budget))
-    assert sum(p.ids.numel() for p in again) == sum(p.ids.numel() for p in parts)
+            start, end, at = int(rollout.offsets[row]), int(rollout.offsets[row + 1]), int(part.starts[i])
+            assert part.ids[at : at + fed[i]].tolist() == rollout.ids[start : end - 1].tolist()
+            own = range(int(part.offsets[i]), int(part.offsets[i + 1]))
+            assert len(own) > 0
+            for j in own:
+                token = int(part.token_index[j])
+                assert int(part.hidden_index[j]) - at == token - 1 - start
+                seen.append(token)
+    expected = [
+        t for row in chosen for t in range(*rollout.offsets[row : row + 2].tolist()) if bool(rollout.sampled_mask[t])
+    ]
+    assert seen == expected  # rows in the order given, without those that have no sampled token
+    for one, two in pairwise(parts):  # no micro-batch could take its neighbour's first row
+        assert one.ids.numel() + int(two.starts[1]) > budget
 
 
 def test_micro_batch_budget_must_be_positive() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from pymathrl import eval as eval_module
 from pymathrl.eval import evaluate, main, sample_uids
-from pymathrl.rollout import generate
+from pymathrl.rollout import Engine
 from pymathrl.tasks import Grade, load_task
 from tests.tiny import save_tiny, tiny_policy
 
@@ -45,7 +45,7 @@ def test_pass_at_k_counts_correct_answers_not_rewards(monkeypatch):
     # equal texts would be graded once; distinct texts make the sequence of verdicts exact
     numbers = iter(range(1000))
     monkeypatch.setattr(policy.tokenizer, "decode_batch", lambda rows: [str(next(numbers)) for _ in rows])
-    result = evaluate(policy, Fake(), problems, samples=4, ks=(1, 4), max_new_tokens=4, max_prompt_tokens=64)
+    result = evaluate(Engine(policy), Fake(), problems, samples=4, ks=(1, 4), max_new_tokens=4, max_prompt_tokens=64)
     assert result.metrics["pass@1"] == pytest.approx((0.25 + 0.25 + 0) / 3)
     assert result.metrics["pass@4"] == pytest.approx(2 / 3)
     assert result.metrics["coverage"] == pytest.approx(2 / 3)
@@ -55,11 +55,11 @@ def test_samples_do_not_depend_on_the_batch_or_repeat_the_training_draws():
     policy, task = tiny_policy(), load_task("countdown")
     problems = task.test(5)
     options = dict(samples=3, ks=(1,), max_new_tokens=10, max_prompt_tokens=64)
-    a = evaluate(policy, task, problems, rows=512, **options)
-    b = evaluate(policy, task, problems, rows=4, **options)
-    assert a.texts == b.texts
+    a = evaluate(Engine(policy), task, problems, **options)
+    b = evaluate(Engine(policy, seed=5, max_batch=4), task, problems, **options)
+    assert a.texts == b.texts, "nor on the engine's own seed"
     prompts = [policy.tokenizer.encode(task.prompt(p, "compact")) for p in problems]
-    training = generate(policy, prompts, 3, 10, seed=0, uids=sample_uids(problems, 3))
+    training = Engine(policy).generate(prompts, 3, 10, uids=sample_uids(problems, 3))
     drawn = [policy.tokenizer.decode(training.response(r).tolist()) for r in range(15)]
     assert drawn != [t for row in a.texts for t in row]
 
@@ -70,7 +70,7 @@ def test_long_prompts_are_left_out_and_counted(capsys):
     lengths = sorted(len(policy.tokenizer.encode(task.prompt(p, "compact"))) for p in problems)
     limit = lengths[3]
     kept = sum(n <= limit for n in lengths)
-    result = evaluate(policy, task, problems, samples=1, ks=(1,), max_new_tokens=4, max_prompt_tokens=limit)
+    result = evaluate(Engine(policy), task, problems, samples=1, ks=(1,), max_new_tokens=4, max_prompt_tokens=limit)
     assert len(result.problems) == len(result.grades) == kept and result.too_long == 8 - kept
 
 

@@ -5,9 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from pymathrl.algos import LossSpec
+from pymathrl.advantage import advantage
+from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
-from pymathrl.ops.policy_loss import policy_loss_ref
+from pymathrl.ops import IMPL
+from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref
+from pymathrl.rollout import Engine
 from tests.tiny import tiny_policy
 
 N, D, V = 53, 24, 384
@@ -101,14 +104,10 @@ def test_the_comparison_rejects_wrong_heads():
 
 
 def test_idle_rows_change_nothing_and_are_counted():
-    from pymathrl.advantage import advantage
-    from pymathrl.algos import REGISTRY
-    from pymathrl.rollout import generate
-
     policy = tiny_policy(seed=1)
     algo = REGISTRY["grpo"]
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
-    rollout = generate(policy, prompts, 4, 8, seed=2, uids=torch.arange(8))
+    rollout = Engine(policy, seed=2).generate(prompts, 4, 8)
     reward = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])  # the first group teaches nothing
     batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
     spec = algo.loss(algo.config())
@@ -123,25 +122,54 @@ def test_idle_rows_change_nothing_and_are_counted():
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}], ids=["", "filtered"])
 @pytest.mark.parametrize("name", ["rover", "grpo"])
-def test_any_cut_into_micro_batches_gives_the_same_gradient(name):
-    from pymathrl.advantage import advantage
-    from pymathrl.algos import REGISTRY
-    from pymathrl.rollout import generate
-
+def test_any_cut_into_micro_batches_gives_the_same_gradient(name, filters):
+    """Contract C11. The log-probs have the same bits in every cut, so the loss differs by the order in which its fp32
+    sums are added, and so do the gradients: fewer than 100 terms, each rounded to 6e-8, stay within 1e-5."""
     policy = tiny_policy(seed=1)
     algo = REGISTRY[name]
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
-    rollout = generate(policy, prompts, 4, 9, seed=2, uids=torch.arange(8))
+    rollout = Engine(policy, seed=2).generate(prompts, 4, 9, **filters)
     reward = torch.tensor([0.1, 1.0, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])
     batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
-    gradients, losses = [], []
-    for budget in (10_000, 60, 1):
+    with torch.no_grad():  # the policy has moved: ratios other than 1
+        generator = torch.Generator().manual_seed(0)
+        for p in policy.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    gradients, losses, tables = [], [], []
+    for budget, rows in ((10_000, range(8)), (60, range(8)), (1, range(8)), (45, (5, 4, 7, 6, 0, 3, 2, 1))):
         policy.model.zero_grad()
         spec, options = algo.loss(algo.config()), dict(temperature=1.0, max_new_tokens=9)
-        report = minibatch_loss(policy.model, batch, range(8), spec, token_budget=budget, **options)
+        report = minibatch_loss(policy.model, batch, rows, spec, token_budget=budget, **options)
+        assert report.tokens == int(rollout.sampled_mask.sum()) and report.rows == 8
         gradients.append(torch.cat([p.grad.flatten() for p in policy.model.parameters()]))
         losses.append(float(report.loss))
-    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5, abs=1e-7)
-    for g in gradients[1:]:
+        tables.append(dict(zip(STATS, merge_stats(report.stats).tolist(), strict=True)))
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5, abs=1e-7)
+    for g, table in zip(gradients[1:], tables[1:], strict=True):
         assert distance(g, gradients[0]) < 1e-5
+        assert (table["ratio_max"], table["tokens"]) == pytest.approx((tables[0]["ratio_max"], tables[0]["tokens"]))
+    if IMPL == "kernel":  # maxima have no order: the same bits
+        assert len({table["log_ratio_abs_max"] for table in tables}) == 1
+    assert tables[0]["log_ratio_abs_max"] > 0.01
+
+
+def test_the_comparison_rejects_a_normaliser_of_the_micro_batch():
+    """Mutant: each micro-batch divided by its own rows and tokens, then averaged, as gradient accumulation often is."""
+    policy = tiny_policy(seed=1)
+    algo = REGISTRY["grpo"]
+    rollout = Engine(policy, seed=2).generate([policy.tokenizer.encode("3 4 -> 7\n<think>")], 6, 20)
+    reward = (torch.arange(6) % 2).float()
+    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    spec = dataclasses.replace(algo.loss(algo.config()), aggregation="token-mean")
+    options = dict(temperature=1.0, max_new_tokens=20, token_budget=10_000)
+
+    def gradient(parts):
+        policy.model.zero_grad()
+        for part in parts:
+            minibatch_loss(policy.model, batch, part, spec, **options)
+        return torch.cat([p.grad.flatten() for p in policy.model.parameters()]) / len(parts)
+
+    assert rollout.response_lengths.unique().numel() > 1
+    assert distance(gradient([[0], [1], [2], [3], [4], [5]]), gradient([range(6)])) > 1e-2

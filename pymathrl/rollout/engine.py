@@ -52,7 +52,7 @@ from pymathrl.rollout.supports import Supports
 CHECK_EVERY = {"cpu": 4, "cuda": 8}  # draws between two looks for ends: a sequence runs on for half as many on average
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # of CUDA graphs
 PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds its buffers
-TAIL_TOKENS = 24  # decoded in front of new tokens when a stop string is looked for
+TAIL_TOKENS = 24  # decoded in front of what can hold a stop string when one is looked for
 Progress = Callable[[int, int, int], None]  # sequences finished, sequences in all, tokens drawn
 Hook = Callable[[list[int], Tensor, "StepStats"], Tensor | None]
 
@@ -157,7 +157,7 @@ class Engine:
         self._uid = torch.zeros(0, dtype=torch.int64)
         self._stop = torch.zeros(0, dtype=torch.int8)
         self._live = torch.zeros(0, dtype=torch.bool)
-        self._next_uid = 0
+        self._next_uid = -(2**63)  # of sequences that are given none: below all that a caller counts from 0
         self._support = Supports()
         self._passes: dict[tuple[int, Until, Sampling | None, int], Pass] = {}
         self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
@@ -234,7 +234,8 @@ class Engine:
     def start(self, prompts: Sequence[Sequence[int]], uids: Sequence[int] | None = None) -> list[int]:
         """A new sequence for each prompt: its handle. Free it when done.
 
-        uids: see `generate`; without them sequences are numbered in the order in which the engine made them.
+        uids: see `generate`; without them sequences are numbered in the order in which the engine made them, with
+        negative numbers, which meet none that were given.
         """
         for prompt in prompts:
             self._check_length(len(prompt), 0)
@@ -243,7 +244,10 @@ class Engine:
     @torch.no_grad()
     def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
         """n copies of a sequence, which goes on too. They share its pages until one of them writes."""
+        if n < 1:
+            raise ValueError(f"fork: n must be >= 1, got {n}")
         slot = self._check([seq]).repeat(n)
+        self._make_room(slot[:1], -1)
         self._feed(slot[:1])
         copies = self._copy(slot, self._uids(n, uids))
         self._pages.share(slot, copies)
@@ -284,6 +288,7 @@ class Engine:
         for part in self._waves(slots):
             parts.append(self._draw(part, 1, sampling, self.seed, hook))
             self._keep(part, parts[-1], torch.ones_like(part))
+            self._stop[part] = STOP_NONE
         return Step(*(torch.cat(values, 1)[0] for values in zip(*parts, strict=True)))
 
     @torch.no_grad()
@@ -462,15 +467,18 @@ class Engine:
         full = (stop == STOP_NONE) & (self._length[slots] + steps >= limit)
         return steps, torch.where(full, STOP_LENGTH, stop).to(torch.int8)
 
+    def _tail(self, slot: int, strings: Sequence[str]) -> list[int]:
+        """The last tokens of a response, enough for any of the strings: a token spells a byte or more of it."""
+        length, bytes_ = int(self._length[slot]), max(len(s.encode()) for s in strings)
+        begin = max(int(self._prompt[slot]), length - TAIL_TOKENS - bytes_)
+        return self._store.ids[slot, begin:length].tolist()
+
     def _find_string(self, slot: int, new: list[int], strings: Sequence[str]) -> int | None:
         """The number of new tokens after which the text first holds one of the strings, None: it does not."""
-        length, decode = int(self._length[slot]), self.policy.tokenizer.decode
-        begin = max(int(self._prompt[slot]), length - TAIL_TOKENS)
-        old = self._store.ids[slot, begin:length].tolist()
-        known = len(decode(old))
+        old, decode = self._tail(slot, strings), self.policy.tokenizer.decode
+        known = _known(decode(old))
         for count in range(1, len(new) + 1):
-            text = decode(old + new[:count])
-            if any(text.find(s, max(0, known - len(s) + 1)) >= 0 for s in strings):
+            if _find_completed(decode(old + new[:count]), known, strings) is not None:
                 return count
         return None
 
@@ -482,11 +490,11 @@ class Engine:
             if self._stop[slot] == STOP_EOS:
                 self._cut(torch.tensor([slot]), torch.tensor([length - 1]))
             elif self._stop[slot] == STOP_STRING:
-                begin = max(int(self._prompt[slot]), length - 2 * TAIL_TOKENS)
-                ids = self._store.ids[slot, begin:length].tolist()
-                at = max(decode(ids).rfind(s) for s in ends.strings)
+                ids = self._tail(slot, ends.strings)
+                at = _find_completed(decode(ids), _known(decode(ids[:-1])), ends.strings)
+                assert at is not None, "the sequence stopped at a string"
                 keep = next(n for n in range(len(ids), -1, -1) if len(decode(ids[:n])) <= at)
-                self._cut(torch.tensor([slot]), torch.tensor([begin + keep]))
+                self._cut(torch.tensor([slot]), torch.tensor([length - len(ids) + keep]))
 
     # --- the forward passes --------------------------------------------------------------------------------------
 
@@ -506,8 +514,8 @@ class Engine:
             if step.support is not None:
                 self._support.add(slots, self._length[slots] + j, step.support[:rows])
         numbers = b.split_numbers(step.rows, self._ring_numbers[:k])[..., :rows]
-        logp, entropy, mean_logp, kept_mass = numbers.unbind()
-        return Step(self._ring_ids[:k, :rows], logp, entropy, mean_logp, kept_mass)
+        # a copy of the ids: where `step` takes several waves, the next one writes over the ring
+        return self._finite(slots, Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind()))
 
     def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> Step:
         logits = self.policy.model.logits(self._hidden(slots))
@@ -526,7 +534,16 @@ class Engine:
         )  # fmt: skip
         if support is not None:
             self._support.add(slots, self._length[slots], support)
-        return Step(*(value[None] for value in out))
+        return self._finite(slots, Step(*(value[None] for value in out)))
+
+    def _finite(self, slots: Tensor, drawn: Step) -> Step:
+        """What was drawn, before anything reads it: a row of nan logits has the token -1."""
+        if not bool(torch.isfinite(drawn.logp).all()):
+            self._support.cut(slots, self._length[slots])
+            raise UserError(
+                "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
+            )
+        return drawn
 
     def _hidden(self, slots: Tensor) -> Tensor:
         """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it."""
@@ -604,7 +621,7 @@ class Engine:
                         f"tokens needs {int(pages_for(end))}; free memory, or shorten prompts and responses"
                     )
                 victims, slots, end = slots[-1:], slots[:-1], end[:-1]
-            self.preemptions += 1
+            self.preemptions += int(self._pages.held[victims[-1]] > 0)
             self._drop_pages(victims[-1:])
         return slots.numel()
 
@@ -662,7 +679,7 @@ class Engine:
         """Slots of new sequences with the tokens of `source`, without pages."""
         slots = self._take_slots(source.numel(), 0)
         self._store.copy(source.to(self.device), slots.to(self.device))
-        for values in (self._length, self._prompt):
+        for values in (self._length, self._prompt, self._stop):
             values[slots] = values[source]
         self._uid[slots] = uids
         self._support.copy(source, slots)
@@ -689,10 +706,6 @@ class Engine:
 
     def _keep(self, slots: Tensor, drawn: Step, steps: Tensor) -> None:
         """Appends the first steps [r] of drawn [k,r] to each slot."""
-        if not bool(torch.isfinite(drawn.logp).all()):
-            raise UserError(
-                "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
-            )
         k, store = drawn.ids.shape[0], self._store
         store.grow(0, int(self._length[slots].max()) + k)
         # a sequence that has ended drew on until the look: those tokens lie behind its length and are never read
@@ -748,7 +761,9 @@ class Engine:
         values = torch.tensor(list(ids), dtype=torch.int64)
         vocab = self.policy.config.vocab_size
         if values.numel() and not (0 <= int(values.min()) and int(values.max()) < vocab):
-            raise ValueError(f"Engine: token ids must be in 0..{vocab - 1}, got {int(values.min())}..{int(values.max())}")
+            raise ValueError(
+                f"Engine: token ids must be in 0..{vocab - 1}, got {int(values.min())}..{int(values.max())}"
+            )
         return values.to(self.device)
 
     def _uids(self, count: int, uids: Sequence[int] | None) -> Tensor:
@@ -775,7 +790,20 @@ class _Ends:
 
     @staticmethod
     def of(policy: Policy, ids: Sequence[int] | None, strings: Iterable[str]) -> _Ends:
+        if isinstance(strings, str):
+            raise ValueError(f"stop_strings must be a list of texts, got one text {strings!r}")
         strings = tuple(strings)
         if any(not s for s in strings):
             raise ValueError("stop_strings must not be empty texts")
         return _Ends(torch.tensor(policy.eos_ids if ids is None else list(ids), dtype=torch.int64), strings)
+
+
+def _known(text: str) -> int:
+    """Length of a text whose last character may still lack bytes: those decode to U+FFFD until the rest has come."""
+    return len(text.rstrip("\ufffd"))
+
+
+def _find_completed(text: str, known: int, strings: Sequence[str]) -> int | None:
+    """Where the first of the strings begins that end behind the first `known` characters; None: there is none."""
+    found = [text.find(s, max(0, known - len(s) + 1)) for s in strings]
+    return min((at for at in found if at >= 0), default=None)

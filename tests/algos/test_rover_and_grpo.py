@@ -8,7 +8,8 @@ import torch
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY
 from pymathrl.loss import minibatch_loss
-from pymathrl.rollout import generate
+from pymathrl.rollout import Engine
+from tests.models.plain import plain_hidden
 from tests.tiny import tiny_policy
 
 REWARD = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.1, 0.1, 0.1, 0.1])
@@ -57,7 +58,7 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
     config = algo.config(rho=0.7, beta=0.8) if name == "rover" else algo.config(clip_low=0.1, clip_high=0.15)
     prompts = [policy.tokenizer.encode(text) for text in ("3 4 -> 7\n<think>", "12 5 9 -> 26\n<think>")]
     temperature = 0.9
-    rollout = generate(policy, prompts, 4, 10, seed=1, uids=torch.arange(8), temperature=temperature)
+    rollout = Engine(policy, seed=1).generate(prompts, 4, 10, temperature=temperature)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # the policy has moved since it sampled: ratios on both sides of the clip range
         for p in policy.model.parameters():
@@ -70,15 +71,14 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
     )
     got = {n: p.grad.clone() for n, p in policy.model.named_parameters()}
 
-    model = policy.model.double()
-    model.zero_grad()
+    weights = {n: p.detach().double().requires_grad_() for n, p in policy.model.named_parameters()}
     mask = rollout.sampled_mask
     pieces = []
     for row in range(8):
         begin, end = rollout.offsets[row : row + 2].tolist()
         ids = rollout.ids[begin:end]
-        hidden = model.hidden(ids[None, :-1])[0]
-        logps = torch.log_softmax(hidden @ model.head_weight.T / temperature, -1)
+        hidden = plain_hidden(policy.config, weights, ids[:-1])
+        logps = torch.log_softmax(hidden @ weights["head"].T / temperature, -1)
         first = int(rollout.prompt_len[row])
         own = logps[first - 1 :]
         chosen = own.gather(1, ids[first:, None])[:, 0]
@@ -95,7 +95,7 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
     expected = torch.stack(pieces).sum()
     expected.backward()
     assert float(report.loss) == pytest.approx(expected.item(), rel=1e-5)
-    for n, p in model.named_parameters():
+    for n, p in weights.items():
         worst = float((got[n].double() - p.grad).norm() / p.grad.norm())
         assert worst < 2e-5, (n, worst)
 
@@ -104,7 +104,7 @@ def test_first_rover_update_is_twice_reinforce():
     """At the first step of a batch pi = pi_old, so dL/dlogp = -2 A / N."""
     policy = tiny_policy(seed=5)
     algo = REGISTRY["rover"]
-    rollout = generate(policy, [policy.tokenizer.encode("1 2 -> 3\n<think>")], 4, 6, seed=0, uids=torch.arange(4))
+    rollout = Engine(policy).generate([policy.tokenizer.encode("1 2 -> 3\n<think>")], 4, 6)
     reward = torch.tensor([1.0, 0.0, 0.0, 0.0])
     batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
     options = dict(temperature=1.0, token_budget=1000, max_new_tokens=6)

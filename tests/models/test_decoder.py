@@ -1,35 +1,43 @@
-"""The decoder against transformers, and its generation path against its training path."""
+"""The decoder against transformers and against plain float64 torch: logits, greedy tokens, gradients."""
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 import transformers
 
 from pymathrl.errors import UserError
-from pymathrl.models import Decoder, ModelConfig
+from pymathrl.models import Decoder, ModelConfig, Policy, Rope, char_tokenizer
 from pymathrl.models.config import tensor_specs
 from pymathrl.models.load import state_tensors
+from pymathrl.rollout import Engine
+from tests.gpu import cuda_skip_reason
+from tests.models.plain import plain_hidden
 
 TINY = ModelConfig(
-    vocab_size=50,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+    vocab_size=50, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=128,
-)
+)  # fmt: skip
+QWEN2 = replace(TINY, model_type="qwen2", attention_bias=True, rope_theta=1e6)
+QWEN3 = replace(TINY, model_type="qwen3", qk_norm=True, head_dim=16, rope_theta=1e6)
+LLAMA3 = Rope("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = Rope("yarn", factor=4.0, original_max_position_embeddings=32)
 CASES = {
     "llama": TINY,
-    "tied": replace(TINY, tie_embeddings=True),
-    "one kv head": replace(TINY, num_kv_heads=1),
-    "as many kv heads": replace(TINY, num_kv_heads=4, rope_theta=500000.0),
-    "wide head": replace(TINY, head_dim=16),
-    "qwen2 with bias": replace(TINY, model_type="qwen2", attention_bias=True, rope_theta=1e6),
+    "llama, tied, linear": replace(TINY, tie_embeddings=True, rope=Rope("linear", factor=2.5)),
+    "llama, one kv head, llama3": replace(TINY, num_kv_heads=1, rope=LLAMA3),
+    "llama, as many kv heads, yarn": replace(TINY, num_kv_heads=4, rope=YARN, rope_theta=500000.0),
+    "llama, wide head": replace(TINY, head_dim=24),
+    "qwen2": QWEN2,
+    "qwen2, tied, yarn": replace(QWEN2, tie_embeddings=True, rope=YARN),
+    "qwen2, one kv head, linear": replace(QWEN2, num_kv_heads=1, rope=Rope("linear", factor=4.0)),
+    "qwen3": QWEN3,
+    "qwen3, tied, yarn": replace(QWEN3, tie_embeddings=True, rope=YARN),
+    "qwen3, as many kv heads, llama3": replace(QWEN3, num_kv_heads=4, rope=LLAMA3),
 }
+LENGTHS = (40, 1, 17)
 
 
 @pytest.fixture(autouse=True)
@@ -38,13 +46,19 @@ def one_thread(threads: Callable[[int], None]) -> None:
     threads(1)
 
 
-def make_pair(config: ModelConfig) -> tuple[Decoder, transformers.PreTrainedModel]:
-    """A decoder whose logits are of order 1 to 10, with every weight away from its initial value; and its twin."""
+def make_model(config: ModelConfig) -> Decoder:
+    """Logits of order 1 to 10, every weight away from its initial value."""
     model = Decoder(config, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for param in model.parameters():
             param.add_(torch.randn(param.shape, generator=generator) * 0.2)
+    return model
+
+
+def make_pair(config: ModelConfig) -> tuple[Decoder, transformers.PreTrainedModel]:
+    """A decoder and its twin with the same weights."""
+    model = make_model(config)
     raw = config.to_hf(torch.float32)
     twin = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**raw))
     left = twin.load_state_dict(state_tensors(model), strict=False)
@@ -52,12 +66,19 @@ def make_pair(config: ModelConfig) -> tuple[Decoder, transformers.PreTrainedMode
     return model, twin.eval()
 
 
+def packed(seed: int, lengths: tuple[int, ...] = LENGTHS) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [T], offsets [B+1])."""
+    ids = torch.randint(0, 50, (sum(lengths),), generator=torch.Generator().manual_seed(seed))
+    return ids, torch.tensor((0, *lengths)).cumsum(0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_transformers(name: str) -> None:
     model, twin = make_pair(CASES[name])
-    ids = torch.randint(0, 50, (3, 40), generator=torch.Generator().manual_seed(3))
+    ids, offsets = packed(3)
     with torch.no_grad():
-        ours, theirs = model.logits(model.hidden(ids)), twin(ids).logits
+        ours = model.logits(model.hidden(ids, offsets))
+        theirs = torch.cat([twin(part[None]).logits[0] for part in ids.split(LENGTHS)])
     assert theirs.std() > 1  # the comparison is relative to something
     assert ((ours - theirs).norm() / theirs.norm()).item() < 1e-5
     assert ((ours - theirs).abs().max() / theirs.abs().max()).item() < 1e-4
@@ -65,119 +86,83 @@ def test_logits_equal_transformers(name: str) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_equal_transformers(name: str) -> None:
+    """64 tokens after prompts of one length, which transformers can take at once, by the engine's paged pass."""
     model, twin = make_pair(CASES[name])
-    prompts = torch.randint(0, 50, (4, 7), generator=torch.Generator().manual_seed(4))
+    prompts = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(4))
     theirs = twin.generate(
-        prompts,
-        attention_mask=torch.ones_like(prompts),
-        max_new_tokens=32,
-        do_sample=False,
-        eos_token_id=None,
+        prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=64, do_sample=False, eos_token_id=None,
         pad_token_id=0,
-    )
-    hidden, cache = model.prefill(prompts, torch.zeros(4, dtype=torch.int64), capacity=40)
-    ours = []
-    for _ in range(32):
-        ours.append(model.logits(hidden).argmax(-1))
-        hidden = model.decode(ours[-1], cache)
-    assert torch.equal(torch.stack(ours, 1), theirs[:, 7:])
+    )  # fmt: skip
+    engine = Engine(Policy(model, char_tokenizer(), model.config, (1,), "plain"))
+    ours = engine.generate(prompts.tolist(), 1, 64, temperature=0.0, stop_ids=())
+    assert torch.equal(ours.ids.view(3, 71), theirs)
+    assert theirs[:, 7:].unique().numel() > 5  # it says something
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_decode_agrees_with_the_training_path(name: str) -> None:
-    """Left-padded prompts of three lengths, rows dropped, repeated and the cache grown on the way."""
-    model, _ = make_pair(CASES[name])
-    ids = torch.randint(0, 50, (3, 30), generator=torch.Generator().manual_seed(5))
-    lengths = [9, 4, 6]
-    pad = torch.tensor([9 - n for n in lengths])
-    left = torch.stack([torch.cat([torch.zeros(9 - n, dtype=torch.int64), ids[i, :n]]) for i, n in enumerate(lengths)])
-    with torch.no_grad():
-        expected = model.logits(model.hidden(ids))
-    hidden, cache = model.prefill(left, pad)
-    rows = [0, 1, 2]
-    for step in range(16):
-        for at, row in enumerate(rows):
-            got, want = model.logits(hidden[at : at + 1])[0], expected[row, lengths[row] + step - 1]
-            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-        keep = {0: [0, 1, 2], 3: [2, 1, 1, 0], 7: [3, 1]}.get(step)
-        if keep is not None:
-            rows, hidden = [rows[i] for i in keep], hidden[keep]
-            cache.select(torch.tensor(keep), capacity=cache.length + 10)
-        hidden = model.decode(torch.stack([ids[row, lengths[row] + step] for row in rows]), cache)
-
-
-def test_expand_repeats_each_prompt() -> None:
-    model = Decoder(TINY)
-    prompts = torch.arange(10).view(2, 5)
-    _, cache = model.prefill(prompts, torch.zeros(2, dtype=torch.int64), capacity=6)
-    cache.expand(3)
-    assert cache.rows == 6
-    after = model.decode(torch.full((6,), 7), cache)
-    torch.testing.assert_close(after[:3], after[:1].expand(3, -1))
-    assert not torch.allclose(after[0], after[3], atol=1e-3)
-
-
-def test_full_cache_is_an_error() -> None:
-    model = Decoder(TINY)
-    _, cache = model.prefill(torch.zeros(1, 5, dtype=torch.int64), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="full at 5 columns"):
-        model.decode(torch.zeros(1, dtype=torch.int64), cache)
-    with pytest.raises(ValueError, match="capacity must be >= the 5 columns in use, got 4"):
-        cache.select(torch.tensor([0]), capacity=4)
-
-
-def test_prefill_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = make_pair(TINY)
-    ids = torch.randint(0, 50, (7, 6), generator=torch.Generator().manual_seed(6))
-    pad = torch.tensor([0, 1, 2, 0, 3, 0, 5])
-    whole, cache = model.prefill(ids, pad)
-    monkeypatch.setattr("pymathrl.models.decoder.PREFILL_TOKENS", 12)
-    pieces, parts = model.prefill(ids, pad)
-    torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
-    for a, b in zip(cache.kv, parts.kv, strict=True):
-        torch.testing.assert_close(a[:, 3], b[:, 3], rtol=1e-5, atol=1e-5)  # a row without padding
-
-
-def test_right_padding_does_not_reach_back_and_gradients_flow() -> None:
-    model, _ = make_pair(TINY)
-    ids = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(7))
-    other = ids.clone()
-    other[:, 8:] = 3
-    assert torch.allclose(model.hidden(ids)[:, :8], model.hidden(other)[:, :8], atol=1e-6)
-    model.logits(model.hidden(ids).flatten(0, 1)).logsumexp(-1).sum().backward()
-    for name, param in model.named_parameters():
-        assert param.grad is not None and bool((param.grad != 0).any()), name
+def test_gradients_equal_plain_float64(name: str) -> None:
+    """Of the log-sum-exp of all logits, sequences packed: within 1e-5, where 61 tokens of fp32 sums add up."""
+    model = make_model(CASES[name])
+    ids, offsets = packed(8)
+    weights = {k: p.detach().double().requires_grad_() for k, p in model.named_parameters()}
+    head = weights.get("head", weights["embed"])
+    torch.cat([plain_hidden(model.config, weights, part) @ head.T for part in ids.split(LENGTHS)]).logsumexp(
+        -1
+    ).sum().backward()
+    (model.hidden(ids, offsets) @ model.head_weight.T).logsumexp(-1).sum().backward()
+    for key, param in model.named_parameters():
+        want = weights[key].grad
+        assert param.grad is not None and want is not None and bool((want != 0).any()), key
+        # a bias on k shifts all scores of a query alike: its gradient is 0 up to rounding, hence the floor
+        assert (param.grad - want).norm() <= 1e-5 * want.norm() + 1e-5, key
 
 
 def test_gradients_equal_transformers() -> None:
-    model, twin = make_pair(CASES["qwen2 with bias"])
-    ids = torch.randint(0, 50, (2, 9), generator=torch.Generator().manual_seed(8))
-    torch.logsumexp(model.logits(model.hidden(ids)), -1).sum().backward()
-    torch.logsumexp(twin(ids).logits, -1).sum().backward()
+    model, twin = make_pair(QWEN2)
+    ids, offsets = packed(8, (9, 9))
+    torch.logsumexp(model.hidden(ids, offsets) @ model.head_weight.T, -1).sum().backward()
+    torch.logsumexp(twin(ids.view(2, 9)).logits, -1).sum().backward()
     grads = {name: param.grad for name, param in model.named_parameters()}
     theirs = dict(twin.named_parameters())
     for spec in tensor_specs(model.config):
-        ours = spec.view(grads)
-        want = theirs[spec.name].grad
-        # a bias on k shifts all scores of a query alike: its gradient is rounding noise, hence the floor
+        ours, want = spec.view(grads), theirs[spec.name].grad
         assert (ours - want).norm() <= 1e-4 * want.norm() + 1e-4, spec.name
 
 
+def test_sequences_of_a_pack_do_not_see_each_other() -> None:
+    """Nor does a token see those behind it; positions start at 0 in each sequence."""
+    model = make_model(QWEN3)
+    ids, offsets = packed(7)
+    with torch.no_grad():
+        whole = model.hidden(ids, offsets)
+        for part, (begin, end) in zip(ids.split(LENGTHS), pairwise(offsets), strict=True):
+            alone = model.hidden(part, torch.tensor([0, len(part)]))
+            torch.testing.assert_close(whole[begin:end], alone, rtol=1e-5, atol=1e-5)
+        other = ids.clone()
+        other[20:40] = 3
+        changed = model.hidden(other, offsets)
+        torch.testing.assert_close(changed[:20], whole[:20], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(changed[40:], whole[40:], rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(changed[20:40], whole[20:40], atol=1e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda_skip_reason() is not None, reason=str(cuda_skip_reason()))
 def test_bf16_is_close_to_fp32() -> None:
     """Rounding of weights and activations only: norms, rotation and logits are fp32. 3e-2 is 8 bf16 steps (2^-8)."""
     config = replace(TINY, tie_embeddings=True)
-    full, _ = make_pair(config)
-    low = Decoder(config, seed=None, dtype=torch.bfloat16)
+    full = make_model(config)
+    low = Decoder(config, seed=None, device="cuda", dtype=torch.bfloat16)
     low.load_state_dict(full.state_dict())
-    ids = torch.randint(0, 50, (2, 10), generator=torch.Generator().manual_seed(9))
+    ids, offsets = packed(9)
     with torch.no_grad():
-        want, got = full.logits(full.hidden(ids)), low.logits(low.hidden(ids))
-        hidden, cache = low.prefill(ids[:, :5], torch.zeros(2, dtype=torch.int64), capacity=9)
-        for step in range(5, 9):
-            hidden = low.decode(ids[:, step], cache)
+        want = full.logits(full.hidden(ids, offsets))
+        got = low.logits(low.hidden(ids.cuda(), offsets.cuda()))
     assert got.dtype == torch.float32
-    assert ((got - want).norm() / want.norm()).item() < 3e-2
-    assert ((low.logits(hidden) - want[:, 8]).norm() / want[:, 8].norm()).item() < 3e-2
+    assert ((got.cpu() - want).norm() / want.norm()).item() < 3e-2
+    engine = Engine(Policy(low, char_tokenizer(), config, (1,), "plain"))
+    seqs = engine.start([part.tolist() for part in ids.split(LENGTHS)])
+    assert ((engine.logits(seqs).cpu() - want[offsets[1:] - 1]).norm() / want[offsets[1:] - 1].norm()).item() < 3e-2
 
 
 def test_init_is_that_of_hugging_face_and_depends_on_the_seed() -> None:
@@ -188,14 +173,13 @@ def test_init_is_that_of_hugging_face_and_depends_on_the_seed() -> None:
     assert torch.equal(again.embed, Decoder(TINY, seed=3).embed) and not torch.equal(again.embed, other.embed)
 
 
-def test_weights_of_a_cache_are_views_of_the_parameters() -> None:
-    """One copy of the weights: an in-place update by the optimizer is seen by a cache that is already in use."""
-    model = Decoder(TINY)
-    _, cache = model.prefill(torch.zeros(1, 4, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), capacity=8)
-    addresses = {param.data_ptr() for param in model.parameters()}
-    assert all(w.data_ptr() in addresses for weights in cache.weights for w in weights if w is not None)
-
-
 def test_a_sequence_past_the_last_position_is_an_error() -> None:
+    model = Decoder(TINY)
     with pytest.raises(UserError, match="129 tokens is longer than the model's 128 positions"):
-        Decoder(TINY).hidden(torch.zeros(1, 129, dtype=torch.int64))
+        model.hidden(torch.zeros(130, dtype=torch.int64), torch.tensor([0, 1, 130]))
+    assert model.hidden(torch.zeros(256, dtype=torch.int64), torch.tensor([0, 128, 256])).shape == (256, 32)
+
+
+def test_padded_batches_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected ids \[T\] and offsets \[B\+1\], got \[2, 3\] and \[2\]"):
+        Decoder(TINY).hidden(torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 3]))
