@@ -20,9 +20,8 @@ from pymathrl.ops.linear import linear, linear_out
 from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
 from pymathrl.ops.rotary import rotary
-from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.ops.swiglu import swiglu, swiglu_out
-from pymathrl.ops.sample_token import support_bytes
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 ROWS, VOCAB = 7, 1031  # a prime: the last vector of each row is a partial one
