@@ -268,7 +268,7 @@ def main() -> int:
         print(nano_vllm_seconds(args.nano_vllm, *requests(count, scale)))
         return 0
     torch.set_num_threads(args.threads)
-    device, dtype, machine = place(args.device)
+    device, machine = place(args.device)
     found = {
         "torch": torch.__version__, "transformers": found_version("transformers", "transformers"),
         "nano_vllm": found_version("nanovllm", "nano-vllm"), "python": platform.python_version(), "commit": _commit(),
@@ -279,7 +279,7 @@ def main() -> int:
         print("nano-vllm: left out, " + ("it is not installed" if on_gpu else "it needs a GPU"), flush=True)
     else:
         nano_s = nano_vllm_in_child(config, count, scale)
-    policy = random_policy(config, device, dtype)
+    policy = random_policy(config, device, torch.float32 if device.type == "cpu" else torch.bfloat16)
     model = twin(policy) if found["transformers"] else None
     if model is None:
         print("transformers: left out, it is not installed", flush=True)

@@ -59,10 +59,9 @@ def test_log_probs_agree_and_mutants_are_refused_before_timing(bench, monkeypatc
 
     monkeypatch.setattr(bench, "seconds", never)
     layer = next(policy.model.blocks)
-    whole = layer.state_dict()
-    whole = {name: value.clone() for name, value in whole.items()}
+    whole = {name: param.detach().clone() for name, param in layer.named_parameters()}
     mutants = {
-        "norm of q left out": lambda: layer.q_norm.fill_(2.0),
+        "norm of q twice as large": lambda: layer.q_norm.fill_(2.0),
         "value 10 % too large": lambda: layer.qkv[-32:].mul_(1.1),
         "gate and up swapped": lambda: layer.gate_up.copy_(layer.gate_up.roll(len(layer.gate_up) // 2, 0)),
     }

@@ -27,10 +27,10 @@ def bench(monkeypatch: pytest.MonkeyPatch):
 
 def test_tokens_agree_and_mutants_are_refused_before_timing(bench, tmp_path, monkeypatch):
     bench.build(bench.QUICK, tmp_path)
-    engine, model = bench.contestants(tmp_path, CPU, torch.float32)
+    engine, model = bench.contestants(tmp_path, CPU)
     prompts = [[7, 100 + row, 3] for row in range(4)]
     agreement = bench.compare(engine, model, prompts, 12)
-    assert agreement.ok(torch.float32) and agreement.distinct > 12, agreement
+    assert agreement.ok and agreement.distinct > 12, agreement
 
     def never(*_):
         raise AssertionError("timed although the tokens differ")
@@ -48,19 +48,18 @@ def test_tokens_agree_and_mutants_are_refused_before_timing(bench, tmp_path, mon
         with torch.no_grad():
             mutate()
         agreement = bench.compare(engine, model, prompts, 12)
-        assert not agreement.ok(torch.float32), f"{name}: {agreement}"
+        assert not agreement.ok, f"{name}: {agreement}"
         assert "differs first at new token" in str(agreement)
         with pytest.raises(SystemExit, match="not timed"):
             bench.run_batch(engine, model, None, 4, 12, 5)
         layer.load_state_dict(whole)
-    assert bench.compare(engine, model, prompts, 12).ok(torch.float32)
+    assert bench.compare(engine, model, prompts, 12).ok
 
 
 def test_a_tie_is_accepted_and_nan_is_not(bench):
-    assert bench.Agreement(4, 3, 9, 1, 5, gap=1e-4, spreads=5e-4).ok(torch.float32)
-    assert not bench.Agreement(4, 3, 9, 1, 5, gap=1e-2, spreads=2e-3).ok(torch.float32)
-    assert bench.Agreement(4, 3, 9, 1, 5, gap=1e-2, spreads=2e-3).ok(torch.bfloat16)
-    assert not bench.Agreement(4, 3, 9, 1, 5, gap=float("nan"), spreads=float("nan")).ok(torch.float32)
+    assert bench.Agreement(4, 3, 9, 1, 5, gap=1e-4, spreads=5e-4).ok
+    assert not bench.Agreement(4, 3, 9, 1, 5, gap=1e-2, spreads=2e-3).ok
+    assert not bench.Agreement(4, 3, 9, 1, 5, gap=float("nan"), spreads=float("nan")).ok
 
 
 def test_limit_by_hand(bench):
