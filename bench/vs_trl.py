@@ -52,17 +52,17 @@ from pymathrl.eval import sample_uids
 from pymathrl.log import StageTimer
 from pymathrl.loss import minibatch_loss
 from pymathrl.models import Policy, load
-from pymathrl.models.decoder import tensor_specs
+from pymathrl.models.config import tensor_specs
 from pymathrl.optim import Optimizer
 from pymathrl.prompt import draw
-from pymathrl.rollout import generate
+from pymathrl.rollout import Engine
 from pymathrl.tasks import Grade, Problem
 from pymathrl.verify import verify
 
 TOLERANCE = 1e-5  # relative, of loss, advantages and gradients between the two
 PROMPT_TOKENS = 4  # "x+y="
 GROUP = 8  # samples per prompt
-TOKEN_BUDGET = 16384  # padded tokens of a forward pass: every case fits one, as in TRL
+TOKEN_BUDGET = 16384  # tokens of a forward pass: every case fits one, as in TRL
 GEMM_SIZE = 1024
 WANTED = "trl==1.16.0 transformers==5.23.0"
 
@@ -139,7 +139,7 @@ class Ours:
         self.case, self.task, self.cursor = case, Sums(), 0
         policy = load(folder)
         self.policy: Policy = replace(policy, eos_ids=(case.vocab,))  # an id that no row of the head can draw
-        self.policy.model.train()
+        self.engine = Engine(self.policy, 0)
         self.algo = REGISTRY["grpo"]
         self.own = self.algo.config(adv_eps=1e-4)  # TRL's epsilon
         self.spec = replace(self.algo.loss(self.own), idle_when_zero=False)
@@ -154,8 +154,8 @@ class Ours:
             prompts = draw(policy, self.task, cursor=self.cursor, count=case.batch // GROUP, seed=0, max_tokens=16)
             self.cursor = prompts.cursor
         with timer("rollout"):
-            rollout = generate(
-                policy, prompts.ids, GROUP, case.new, seed=0, uids=sample_uids(prompts.problems, GROUP), temperature=1.0
+            rollout = self.engine.generate(
+                prompts.ids, GROUP, case.new, uids=sample_uids(prompts.problems, GROUP), temperature=1.0
             )
         with timer("verify"):
             verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
@@ -316,10 +316,10 @@ def packed(ids: torch.Tensor, old: torch.Tensor) -> Rollout:
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """The gradients under their checkpoint names and in the checkpoint layout."""
-    params = dict(policy.model.named_parameters())
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params.items()}
-    return {s.name: s.write(grads[s.param].narrow(0, s.start, s.shape[0])) for s in tensor_specs(policy.config)}
+    """The gradients under their checkpoint names."""
+    params = policy.model.named_parameters()
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in params}
+    return {spec.name: spec.view(grads) for spec in tensor_specs(policy.config)}
 
 
 def step_flops(case: Case) -> float:

@@ -2,11 +2,12 @@
 # All that needs an NVIDIA GPU: build in place with the Python, torch and tools of this machine (no network, no virtual
 # environment), then the parts named, or all. Each part ends within 8 minutes, or is stopped there and counts as failed.
 #
-#   scripts/gpu_suite.sh [--out DIR] [tests] [sanitizer] [bench] [learn]
+#   scripts/gpu_suite.sh [--out DIR] [tests] [sanitizer] [bench] [generation] [learn]
 #
 #   tests      the GPU tests, and every op test
 #   sanitizer  compute-sanitizer, memcheck and racecheck, over each op once
 #   bench      every bench/bench_*.py
+#   generation the engine against transformers, and against nano-vllm where it is installed
 #   learn      a short ROVER run of the built-in model on Countdown
 #
 # Results: DIR/<gpu>-<date>.json and .md (default bench/results), one entry per part, kept from run to run of a day; logs
@@ -24,13 +25,13 @@ while [ $# -gt 0 ]; do
       case $2 in /*) out=$2 ;; *) out=$caller/$2 ;; esac
       shift
       ;;
-    tests | sanitizer | bench | learn) parts+=("$1") ;;
+    tests | sanitizer | bench | generation | learn) parts+=("$1") ;;
     -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "scripts/gpu_suite.sh"; exit 0 ;;
-    *) fail "unknown part '$1'; parts are tests, sanitizer, bench, learn" ;;
+    *) fail "unknown part '$1'; parts are tests, sanitizer, bench, generation, learn" ;;
   esac
   shift
 done
-[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer bench learn)
+[ ${#parts[@]} -gt 0 ] || parts=(tests sanitizer bench generation learn)
 out=${out:-$PWD/bench/results}
 python=${PYTHON:-python3}
 limit_s=480 # of a part: with the build and the start well under 9 minutes
@@ -53,6 +54,7 @@ for part in "${parts[@]}"; do
   case $part in
     tests) need+=(pytest pytest_timeout hypothesis transformers tensorboard) ;;
     learn) need+=(tensorboard) ;;
+    generation) need+=(transformers) ;;
     sanitizer) command -v compute-sanitizer >/dev/null || fail "compute-sanitizer is not on the PATH (part of the CUDA toolkit)" ;;
   esac
 done
@@ -109,6 +111,13 @@ run_bench() {
   return $status
 }
 
+run_generation() {
+  local status=0
+  "$python" bench/vs_hf_generate.py --device cuda || status=1
+  "$python" bench/b4_generation.py --device cuda || status=1
+  return $status
+}
+
 run_learn() {
   local folder
   folder=$(mktemp -d)
@@ -123,7 +132,7 @@ PYTHON
 
 # `timeout` needs a program: a part runs in a shell of its own that has these functions.
 export python out
-export -f run_tests run_sanitizer run_bench run_learn
+export -f run_tests run_sanitizer run_bench run_generation run_learn
 failed=()
 for part in "${parts[@]}"; do
   echo "gpu_suite: $part"

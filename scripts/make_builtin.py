@@ -57,20 +57,19 @@ def rows(encode, seed: int) -> Iterator[tuple[list[int], list[int]]]:
             yield encode(task.prompt(problem, "compact")), encode(response)
 
 
-def batches(encode, eos: int, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """ids int64 [b,S] right-padded, labels [b,S] (the next response token, -100 elsewhere); like lengths together."""
+def batches(encode, eos: int, size: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """(ids int64 [T], offsets int64 [size+1], labels int64 [T]): rows packed one after the other, as `Decoder.hidden`
+    takes them; labels: the next response token, -100 elsewhere. Rows of like length are together."""
     stream, rng = rows(encode, seed), random.Random(seed + 1)
     while True:
         pool = sorted((next(stream) for _ in range(size * 16)), key=lambda row: len(row[0]) + len(row[1]))
         parts = [pool[i : i + size] for i in range(0, len(pool), size)]
         rng.shuffle(parts)
         for part in parts:
-            width = max(len(p) + len(r) for p, r in part)
-            ids, labels = torch.zeros(len(part), width, dtype=torch.int64), torch.full((len(part), width), -100)
-            for i, (p, r) in enumerate(part):
-                ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-                labels[i, len(p) - 1 : len(p) + len(r)] = torch.tensor([*r, eos])
-            yield ids, labels
+            lengths = torch.tensor([0, *(len(p) + len(r) for p, r in part)])
+            ids = torch.tensor([i for p, r in part for i in p + r])
+            labels = torch.tensor([i for p, r in part for i in [-100] * (len(p) - 1) + [*r, eos]])
+            yield ids, lengths.cumsum(0), labels
 
 
 def main() -> None:
@@ -113,12 +112,12 @@ def main() -> None:
     )
     start, mean, tokens = time.perf_counter(), 0.0, 0
     stream = batches(tokenizer.encode, tokenizer.eos_id, args.rows, SEED)
-    for step, (ids, labels) in zip(range(args.steps), stream, strict=False):  # the stream has no end
+    for step, (ids, offsets, labels) in zip(range(args.steps), stream, strict=False):  # the stream has no end
         rate = args.lr * min(1.0, (step + 1) / 200) * 0.5 * (1.0 + math.cos(math.pi * step / args.steps))
         for group in adamw.param_groups:
             group["lr"] = rate
         picked = labels >= 0
-        hidden = model.hidden(ids)[picked]
+        hidden = model.hidden(ids, offsets)[picked]
         loss = F.cross_entropy(hidden @ model.head_weight.T, labels[picked])
         adamw.zero_grad(set_to_none=True)
         loss.backward()
