@@ -1,8 +1,8 @@
 // Causal attention with grouped queries, straight from the projection, over packed sequences and over a paged cache:
 //   [q | k | v] = qkv[t,:],  s_ij = q_i . k_j,  out_i = sum_{j<=i} softmax_j(s_ij) v_j   (i, j within one sequence)
 //   dv_j = sum_i p_ij do_i,  ds_ij = p_ij (do_i . v_j - do_i . out_i),  dq_i = sum_j ds_ij k_j,  dk_j = sum_i ds_ij q_i
-// T tokens or R rows, H query heads, K key/value heads (K divides H), E head size. q comes scaled, q and k turned: the op
-// rotary does that for training, paged_attention does it itself, by the same function (rotary.h).
+// T tokens or R rows, H query heads, K key/value heads (K divides H), E head size. q comes scaled, q and k turned: the
+// op rotary does that for training, paged_attention does it itself, by the same function (rotary.h).
 // The softmax runs online (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135): nothing of size
 // T x T is stored, and the backward recovers p from lse. One order for every query, in training, prefill and decode
 // (CPU): keys in blocks of kPage from position 0; in a block the maximum first, then sums over keys in order.

@@ -109,10 +109,11 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Any) -> tuple[torch.Tensor | None, ...]:
         qkv, offsets, out, lse = ctx.saved_tensors
+        heads, kv_heads = ctx.shape
         dout = dout.contiguous()
         dqkv = torch.empty_like(qkv)
         _C.attention_backward(
-            view(qkv), view(offsets), view(out), view(lse), view(dout), view(dqkv), *ctx.shape, stream(qkv)
+            view(qkv), view(offsets), view(out), view(lse), view(dout), view(dqkv), heads, kv_heads, stream(qkv)
         )
         return dqkv, None, None, None
 
