@@ -63,9 +63,11 @@ class Rollout:
     uid         int64 [B]    identity of the sample (the counter of its random draws): not a batch slot
     stop        int8  [B]    why the row ended: an index into STOP_NAMES
 
-    Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: the tokens that they left, none for
-    a token drawn without. logp and entropy are of the distribution over these, mean_logp is their mean.
-    support_offsets  int64 [T+1]; support_ids  int32 [M]: of token t support_ids[support_offsets[t] : support_offsets[t+1]]
+    Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: what these left, of which logp and
+    entropy speak and mean_logp is the mean. Of token t it is support_ids[support_offsets[t] : support_offsets[t+1]], and
+    nothing where the token was drawn without filters.
+    support_offsets  int64 [T+1]
+    support_ids      int32 [M]
     """
 
     ids: Tensor
@@ -153,7 +155,7 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> Rollout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return Rollout(**{name: value.to(device) for name, value in values.items() if value is not None})
 
     def cpu(self) -> Rollout:
         return self.to("cpu")

@@ -23,7 +23,7 @@ from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
-from pymathrl.models import Policy, load
+from pymathrl.models import load
 from pymathrl.options import CommandParser
 from pymathrl.prompt import encode
 from pymathrl.rollout import Engine

@@ -97,8 +97,8 @@ class Optimizer:
         own = self._masters()
         if len(own) != len(state["masters"]):
             raise ValueError(
-                f"Optimizer.load_state_dict: expected {len(own)} master weights, got {len(state['masters'])}; the state "
-                "was saved with weights of another precision"
+                f"Optimizer.load_state_dict: expected {len(own)} master weights, got {len(state['masters'])}; the "
+                "state was saved with weights of another precision"
             )
         for (_, master), saved in zip(own, state["masters"], strict=True):
             master.copy_(saved)

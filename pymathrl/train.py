@@ -379,7 +379,7 @@ class Memory:
 def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
-    update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # a low-precision weight has a master and its grad
+    update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # bf16: also a master and its gradient
     context = c.max_prompt_tokens + c.max_new_tokens
     rows = c.prompts_per_step * c.samples_per_prompt
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)

@@ -1,10 +1,10 @@
-"""Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; optional q/k/v bias, q/k norm, tied head.
+"""Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; q/k/v bias, q/k norm, tied head.
 
 `Decoder.hidden` is the update's forward pass: packed sequences, autograd. `models/paged.py` is the generator's, over a
 paged cache. Both run the same kernels on one copy of the weights, and every kernel computes a row from that row alone,
 in one order: on a CPU a token's log-prob has the same bits in both (contract C1).
 
-The weights lie as in the checkpoint, except that q, k and v are one matrix `qkv`, and gate and up one matrix `gate_up`.
+The weights lie as in the checkpoint, only stacked: q, k and v are one matrix `qkv`, gate and up one matrix `gate_up`.
 
 Dimensions: T tokens, B sequences, D hidden size, H query heads, K key/value heads, E head size, F MLP size, V vocabulary.
 Weights and activations have the parameters' dtype; norm statistics, rotation, softmax and logits are fp32.

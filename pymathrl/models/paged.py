@@ -234,7 +234,8 @@ class Pass:
         linear_out(b.hidden[rows], self.model.head_weight, b.logits[:count])
         sample_token(
             b.logits[:count], self.seed, b.uid[rows], b.draw[rows], temperature=s.temperature, top_k=s.top_k,
-            top_p=s.top_p, min_p=s.min_p, out=(b.drawn[rows], b.numbers[4 * rows.start : 4 * rows.stop].view(4, count)),
+            top_p=s.top_p, min_p=s.min_p,
+            out=(b.drawn[rows], b.numbers[4 * rows.start : 4 * rows.stop].view(4, count)),
             support=None if self.support is None else self.support[rows],
         )  # fmt: skip
 

@@ -85,7 +85,7 @@ def sample_token(
         ids, numbers = out
     else:
         ids = torch.empty(rows, dtype=torch.int64, device=device)
-        numbers = torch.empty((4, rows), dtype=torch.float32, device=device)  # one allocation: a call costs microseconds
+        numbers = torch.empty((4, rows), dtype=torch.float32, device=device)  # one allocation: calls cost microseconds
     _C.sample_token(
         view(logits), view(uid), view(step), view(ids), view(numbers), seed & (2**64 - 1), stream, temperature,
         top_k, top_p, min_p, optional_view(support), stream_handle(logits),

@@ -215,14 +215,14 @@ class Engine:
         roots = self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))
         seqs = self._copy(roots.repeat_interleave(n), uid)
         try:
-            limit = (lengths + torch.tensor(limits)).repeat_interleave(n)
-            pages = pages_for(limit).sort(descending=True).values[: self.max_batch].sum() + pages_for(lengths).sum()
-            self._open(pages=int(pages), tokens=int(limit.max()))
+            longest = (lengths + torch.tensor(limits)).repeat_interleave(n)
+            pages = pages_for(longest).sort(descending=True).values[: self.max_batch].sum() + pages_for(lengths).sum()
+            self._open(pages=int(pages), tokens=int(longest.max()))
             # prompts of like length follow each other: their prefills fill up the same passes
             order = torch.argsort(lengths, stable=True)[:, None] * n + torch.arange(n)
             self._run(
-                seqs, limit, _Ends.of(self.policy, stop_ids, stop_strings), sampling, self.seed if seed is None else seed,
-                order=order.flatten(), roots=roots.repeat_interleave(n), hook=hook, on_progress=on_progress,
+                seqs, longest, _Ends.of(self.policy, stop_ids, stop_strings), sampling,
+                self.seed if seed is None else seed, order=order.flatten(), roots=roots.repeat_interleave(n), hook=hook, on_progress=on_progress,
             )  # fmt: skip
             return self._rollout(seqs, torch.arange(len(prompts)).repeat_interleave(n))
         finally:
@@ -760,7 +760,7 @@ class Engine:
     def _as_ids(self, ids: Sequence[int]) -> Tensor:
         values = torch.tensor(list(ids), dtype=torch.int64)
         vocab = self.policy.config.vocab_size
-        if values.numel() and not (0 <= int(values.min()) and int(values.max()) < vocab):
+        if values.numel() and (int(values.min()) < 0 or int(values.max()) >= vocab):
             raise ValueError(
                 f"Engine: token ids must be in 0..{vocab - 1}, got {int(values.min())}..{int(values.max())}"
             )

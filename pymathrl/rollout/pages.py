@@ -45,7 +45,7 @@ class PageTable:
         return self.refs.numel()
 
     def need(self, slots: Tensor, end: Tensor) -> Tensor:
-        """[n]: new pages that each slot needs before it can write positions fed .. end-1, copies included, as if alone."""
+        """[n]: new pages that each slot needs, as if alone, to write positions fed .. end-1; copies are included."""
         fresh = (pages_for(end) - self.held[slots]).clamp(min=0)
         return fresh + self._shared(slots, end).long()
 
@@ -126,6 +126,7 @@ class PageTable:
         more = slots - self.held.numel()
         self.held, self.fed = (torch.cat([x, x.new_zeros(more)]) for x in (self.held, self.fed))
         fresh = torch.arange(pages - 1, self.pages - 1, -1)
-        self._stack = torch.cat([fresh, self._stack[: self.free], torch.zeros(self.pages - self.free, dtype=torch.int64)])
+        used = torch.zeros(self.pages - self.free, dtype=torch.int64)
+        self._stack = torch.cat([fresh, self._stack[: self.free], used])
         self.refs = torch.cat([self.refs, torch.zeros(fresh.numel(), dtype=torch.int64)])
         self.free += fresh.numel()

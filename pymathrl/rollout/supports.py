@@ -39,7 +39,7 @@ class Supports:
                     self._parts.append((torch.full_like(slot[own], new), position[own], ids[own]))
 
     def pack(self, slots: Tensor, lengths: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(ids int32 [M], offsets int64 [T+1]) over the tokens of the slots one after the other, T = sum of lengths: the
+        """(ids int32 [M], offsets int64 [T+1]) over the T = sum(lengths) tokens of the slots one after the other: the
         support of token t is ids[offsets[t] : offsets[t+1]], rising; empty where it was not drawn under filters."""
         if not self._parts:
             return None, None

@@ -13,9 +13,9 @@ from pymathrl.ops import (
     group_advantage_ref,
     rotary,
     rotary_ref,
+    sample_token,
     swiglu,
     swiglu_ref,
-    sample_token,
     token_logprob,
     token_logprob_ref,
 )

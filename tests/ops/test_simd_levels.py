@@ -41,7 +41,8 @@ def digest() -> str:
             for kw in ({}, {"top_p": 0.9}, {"top_k": 3, "min_p": 0.1}):
                 support = torch.empty(7, support_bytes(width), dtype=torch.uint8)
                 drawn = sample_token(z, 1, where, where, support=support, **kw)
-                results += [*drawn, support, *token_logprob(z.masked_fill(~support_unpack(support, width), -torch.inf), drawn.ids)[:-1]]
+                masked = z.masked_fill(~support_unpack(support, width), -torch.inf)
+                results += [*drawn, support, *token_logprob(masked, drawn.ids)[:-1]]
             for x in results:
                 h.update(x.numpy().tobytes())
     for results in (*layer_parts(generator), *heads(generator), *attentions(generator)):

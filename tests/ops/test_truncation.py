@@ -8,8 +8,14 @@ import math
 import pytest
 import torch
 
-from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
-from pymathrl.ops.sample_token import support_bytes, support_pack_ref, support_unpack
+from pymathrl.ops.sample_token import (
+    SampleToken,
+    sample_token,
+    sample_token_ref,
+    support_bytes,
+    support_pack_ref,
+    support_unpack,
+)
 from pymathrl.ops.token_logprob import (
     token_logprob,
     token_logprob_backward_,
