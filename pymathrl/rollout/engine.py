@@ -208,8 +208,8 @@ class Engine:
         uid = torch.arange(len(prompts) * n) if uids is None else torch.as_tensor(uids, dtype=torch.int64).cpu()
         if uid.shape != (len(prompts) * n,):
             raise ValueError(f"generate: uids must have shape [{len(prompts) * n}] (P*n), got {list(uid.shape)}")
-        for prompt, limit in zip(prompts, limits, strict=True):
-            self._check_length(len(prompt), limit)
+        for prompt, most in zip(prompts, limits, strict=True):
+            self._check_length(len(prompt), most)
         sampling = self._sampling(temperature, top_k, top_p, min_p)
         lengths = torch.tensor([len(p) for p in prompts])
         roots = self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))
