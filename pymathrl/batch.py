@@ -64,8 +64,8 @@ class Rollout:
     stop        int8  [B]    why the row ended: an index into STOP_NAMES
 
     Only where tokens were drawn under filters (top-k, top-p, min-p), None elsewhere: what these left, of which logp and
-    entropy speak and mean_logp is the mean. Of token t it is support_ids[support_offsets[t] : support_offsets[t+1]], and
-    nothing where the token was drawn without filters.
+    entropy speak and mean_logp is the mean. Of token t it is support_ids[support_offsets[t] : support_offsets[t+1]],
+    empty where the token was drawn without filters.
     support_offsets  int64 [T+1]
     support_ids      int32 [M]
     """

@@ -6,7 +6,8 @@ in one order: on a CPU a token's log-prob has the same bits in both (contract C1
 
 The weights lie as in the checkpoint, only stacked: q, k and v are one matrix `qkv`, gate and up one matrix `gate_up`.
 
-Dimensions: T tokens, B sequences, D hidden size, H query heads, K key/value heads, E head size, F MLP size, V vocabulary.
+Dimensions: T tokens, B sequences, D hidden size, H query heads, K key/value heads, E head size, F MLP size, V
+vocabulary.
 Weights and activations have the parameters' dtype; norm statistics, rotation, softmax and logits are fp32.
 """
 

@@ -129,8 +129,8 @@ class Pass:
     """The forward pass of the first `rows` rows of `buffers`, as one replayable launch. Make it before the buffers are
     filled: a capture runs it on rows without a sequence.
 
-    until "cache": keys and values are written, no more (prefill). "hidden": buffers.hidden is made as well. "token": a
-    token is drawn for each row into buffers.ids, buffers.numbers and `support` beside it, and position and draw move on.
+    until "cache": keys and values are written, no more (prefill). "hidden": buffers.hidden is made as well. "token":
+    a token is drawn for each row into buffers.ids, with buffers.numbers and `support`, and position and draw move on.
 
     support  uint8 [rows, ceil(V/8)]: the tokens that the filters left, as in `sample_token`; None without filters
     replay   False: run once, not worth a recording

@@ -222,7 +222,8 @@ class Engine:
             order = torch.argsort(lengths, stable=True)[:, None] * n + torch.arange(n)
             self._run(
                 seqs, longest, _Ends.of(self.policy, stop_ids, stop_strings), sampling,
-                self.seed if seed is None else seed, order=order.flatten(), roots=roots.repeat_interleave(n), hook=hook, on_progress=on_progress,
+                self.seed if seed is None else seed, order=order.flatten(), roots=roots.repeat_interleave(n),
+                hook=hook, on_progress=on_progress,
             )  # fmt: skip
             return self._rollout(seqs, torch.arange(len(prompts)).repeat_interleave(n))
         finally:

@@ -56,7 +56,7 @@ class PageTable:
         return (fed % PAGE > 0) & (end > fed) & (self.refs[page] > 1)
 
     def reserve(self, slots: Tensor, end: Tensor) -> None:
-        """Makes positions fed .. end-1 of these distinct slots writable. The caller has seen that `need` fits `free`."""
+        """Makes positions fed .. end-1 of these distinct slots writable. The caller saw that `need` fits `free`."""
         written = slots[self._shared(slots, end)]
         if written.numel():
             column = self.fed[written] // PAGE
