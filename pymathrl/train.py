@@ -39,7 +39,7 @@ from pymathrl.metrics import completion_stats
 from pymathrl.models import Policy, load, save
 from pymathrl.models.paged import Buffers, PagedCache
 from pymathrl.ops._call import WHY
-from pymathrl.ops.attention import PAGE
+from pymathrl.ops.attention import PAGE, fused_attention
 from pymathrl.ops.policy_loss import STATS, merge_stats
 from pymathrl.optim import Optimizer, StepReport
 from pymathrl.prompt import Prompts, draw
@@ -400,7 +400,9 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int, memor
     c, m = run.train, policy.config
     count = sum(p.numel() for p in policy.model.parameters())
     rows = c.prompts_per_step * c.samples_per_prompt
-    where = f"{threads} CPU threads" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    where = f"{threads} CPU threads"
+    if device.type == "cuda":
+        where = f"{torch.cuda.get_device_name(device)}; attention of the update: {fused_attention()[1]}"
     lines = [
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from pymathrl.errors import UserError
 from pymathrl.models.config import ModelConfig, rope_table
-from pymathrl.ops.attention import attention
+from pymathrl.ops.attention import MAX_HEAD, attention, attention_supports
 from pymathrl.ops.linear import linear
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
 from pymathrl.ops.rotary import rotary
@@ -51,10 +51,10 @@ class Layer(nn.Module):
         self.down = empty(c.hidden_size, c.intermediate_size)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, position: Tensor, rope: Tensor, offsets: Tensor
+        self, x: Tensor, branch: Tensor | None, position: Tensor, rope: Tensor, offsets: Tensor, longest: int
     ) -> tuple[Tensor, Tensor]:
         """x [T,D]: the residual stream, branch [T,D]: what is still to be added to it (None: nothing) -> the same two
-        after this block. position int64 [T], rope as in `rotary`, offsets int64 [B+1] as in `attention`."""
+        after this block. position int64 [T], rope as in `rotary`, offsets int64 [B+1] and longest as in `attention`."""
         c = self.config
         if branch is None:
             h = rms_norm(x, self.attn_norm, c.rms_norm_eps)
@@ -64,7 +64,7 @@ class Layer(nn.Module):
             linear(h, self.qkv, self.qkv_bias), position, rope, c.num_heads, c.num_kv_heads, c.head_dim**-0.5,
             self.q_norm, self.k_norm, c.rms_norm_eps,
         )  # fmt: skip
-        attended = attention(qkv, offsets, c.num_heads, c.num_kv_heads)
+        attended = attention(qkv, offsets, c.num_heads, c.num_kv_heads, longest)
         x, h = add_rms_norm(linear(attended, self.out), x, self.mlp_norm, c.rms_norm_eps)
         return x, linear(swiglu(linear(h, self.gate_up)), self.down)
 
@@ -81,6 +81,11 @@ class Decoder(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        if not attention_supports(config.head_dim):
+            raise UserError(
+                f"model config: head_dim must be a multiple of 8 and at most {MAX_HEAD}, got {config.head_dim}: the "
+                "attention kernels take no other"
+            )
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
@@ -149,8 +154,9 @@ class Decoder(nn.Module):
             )
         lengths = offsets.diff()
         position = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
-        rope = self.rope(int(lengths.max()))
+        longest = int(lengths.max())
+        rope = self.rope(longest)
         x, branch = F.embedding(ids, self.embed), None
         for layer in self.blocks:
-            x, branch = layer(x, branch, position, rope, offsets)
+            x, branch = layer(x, branch, position, rope, offsets, longest)
         return add_rms_norm(cast(Tensor, branch), x, self.norm, self.config.rms_norm_eps)[1]

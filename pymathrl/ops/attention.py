@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,13 +23,36 @@ def attention_supports(head_dim: int) -> bool:
     return head_dim % 8 == 0 and 0 < head_dim <= MAX_HEAD
 
 
-def attention(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int) -> torch.Tensor:
+@functools.cache
+def fused_attention() -> tuple[Callable[..., torch.Tensor] | None, str]:
+    """The library kernel that `attention` uses on a GPU in 16-bit precision (None: our own), and its name. Ours is a warp
+    per query without tiles: right, and no match for these. Looked for once per process."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError:
+        pass
+    else:
+        return functools.partial(flash_attn_varlen_func, causal=True, softmax_scale=1.0), "flash-attn"
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None, f"ours (no flash-attn, and torch {torch.__version__} has no varlen_attn)"
+    if not {"enable_gqa", "window_size", "scale"} <= set(inspect.signature(varlen_attn).parameters):
+        return None, f"ours (no flash-attn, and varlen_attn of torch {torch.__version__} takes no grouped queries)"
+    kernel: Callable[..., Any] = functools.partial(varlen_attn, window_size=(-1, 0), scale=1.0, enable_gqa=True)
+    return kernel, "torch's varlen_attn"
+
+
+def attention(
+    qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: int, longest: int | None = None
+) -> torch.Tensor:
     """out[i,h] = sum_{j<=i} softmax_j(q_i . k_j) v_j within each sequence.
 
     qkv      [T,(H+2K)*E] fp32, on a GPU also bf16: H query heads, already scaled, then K key heads, then K value heads;
              E a multiple of 8, at most 256. Query head h reads key/value head h // (H/K)
     offsets  int64 [B+1], from 0, not falling: sequence b is tokens offsets[b]..offsets[b+1]-1, and may be empty.
              Tokens from offsets[B] on are padding: their results and gradients are 0
+    longest  tokens of the longest sequence; saves a wait for the GPU where `fused_attention` runs, unused elsewhere
 
     Returns [T,H*E] in the dtype of qkv; differentiable in qkv. Values are the same for every thread count, and on the
     CPU bit for bit those of paged_attention, where `rotary` prepared the heads.
@@ -35,6 +61,10 @@ def attention(qkv: torch.Tensor, offsets: torch.Tensor, heads: int, kv_heads: in
     _check("attention", qkv, heads, kv_heads)
     if use_reference():
         return attention_ref(qkv, offsets, heads, kv_heads)
+    if qkv.is_cuda and qkv.dtype != torch.float32 and (fused := fused_attention()[0]) is not None:
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split([heads, kv_heads, kv_heads], 1)
+        bounds, longest = offsets.int(), int(offsets.diff().max()) if longest is None else longest
+        return fused(q, k, v, bounds, bounds, longest, longest).flatten(1)
     return _Attention.apply(qkv, offsets, heads, kv_heads)
 
 
@@ -66,7 +96,7 @@ def paged_attention(
     keys      [pages,K,E,16], values [pages,K,16,E] in the dtype of qkv: the cache, written at the new positions
     out       [R,H*E] in the dtype of qkv, written
     scale     factor of q after norm and rotation
-    q_norm, k_norm  fp32 [E] weights of an RMSNorm of each head before the rotation, with `eps`; None: no norm
+    q_norm, k_norm  [E] weights of an RMSNorm of each head before the rotation, with `eps`; None: no norm
 
     Not differentiable. A row's result depends on its sequence alone: not on how its tokens are cut into calls, on other
     rows, on the pages used, or on threads. On the CPU it is bit for bit what `rotary` and `attention` give.
@@ -79,6 +109,7 @@ def paged_attention(
             heads=heads, kv_heads=kv_heads, scale=scale, q_norm=q_norm, k_norm=k_norm, eps=eps,
         )  # fmt: skip
         return
+    q_norm, k_norm = (None if norm is None else norm.float() for norm in (q_norm, k_norm))
     _C.paged_attention(
         view(qkv), view(position), view(slot), view(table), view(rope), view(keys), view(values), view(out),
         heads, kv_heads, scale, optional_view(q_norm), optional_view(k_norm), eps, stream(qkv),

@@ -159,7 +159,8 @@ class Engine:
         self._live = torch.zeros(0, dtype=torch.bool)
         self._next_uid = -(2**63)  # of sequences that are given none: below all that a caller counts from 0
         self._support = Supports()
-        self._passes: dict[tuple[int, Until, Sampling | None, int], Pass] = {}
+        self._passes: dict[tuple[int, Until, Sampling | None], Pass] = {}
+        self._passes_seed = 0  # that of the recorded draws
         self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
         self._cache = PagedCache(policy.model, 0, 0, 0)
         self._buffers = Buffers(policy.model, 0)
@@ -280,7 +281,8 @@ class Engine:
         """Draws one token for each sequence and appends it. Ends are the caller's affair; see `segment`.
 
         hook(seqs, logits, stats) sees the raw logits, fp32 [R,V], before temperature and filters, and `StepStats` of
-        them; what it returns (None: nothing changed) is drawn from. The numbers are those of what was drawn from.
+        them; what it returns (None: nothing changed) is drawn from. The numbers are those of what was drawn from: the
+        update, which does not know the hook, finds the policy's own.
         """
         slots = self._check(seqs)
         self._check_length(int(self._length[slots].max()), 1)
@@ -437,6 +439,7 @@ class Engine:
         # each running sequence may want a page before long: one that starts now must not be preempted for it
         pages = self._pages.need(new, self._length[new]).cumsum(0) + active.numel()
         self._open(pages=self.pages_in_use + int(pages[-1]), tokens=int(self._length[new].max()) + 1)
+        self._evict(int(pages[-1]), keep=torch.cat([active, new, root_of[new[root_of[new] >= 0]]]))
         count = int((pages <= self._pages.free).sum())
         count = max(count, 0 if active.numel() else 1)
         new = new[:count]
@@ -586,7 +589,10 @@ class Engine:
         b.slot[count:rows] = -1
 
     def _pass(self, rows: int, until: Until, sampling: Sampling | None, seed: int) -> Pass:
-        key = (rows, until, sampling, seed)
+        if seed != self._passes_seed and until == "token":
+            self._passes.clear()  # rather than to pile up: a run uses two seeds, training's and evaluation's
+            self._passes_seed = seed
+        key = (rows, until, sampling)
         if key not in self._passes:
             self._passes[key] = Pass(self.policy.model, self._cache, self._buffers, rows, until, sampling, seed)
         return self._passes[key]
@@ -611,20 +617,29 @@ class Engine:
         slots = slots[: self.max_batch]
         end = self._length[slots] + ahead
         self._open(pages=self.pages_in_use + int(self._pages.need(slots, end).sum()), tokens=int(end.max()) + 1)
-        while int(self._pages.need(slots, end).sum()) > self._pages.free:
-            others = self._pages.held > 0
-            others[slots] = False
-            victims = others.nonzero()[:, 0]
-            if victims.numel() == 0:
-                if slots.numel() == 1:
-                    raise UserError(
-                        f"the cache holds {self._pages.pages} pages of {PAGE} tokens, and one sequence of {int(end)} "
-                        f"tokens needs {int(pages_for(end))}; free memory, or shorten prompts and responses"
-                    )
-                victims, slots, end = slots[-1:], slots[:-1], end[:-1]
-            self.preemptions += int(self._pages.held[victims[-1]] > 0)
-            self._drop_pages(victims[-1:])
+        while (need := int(self._pages.need(slots, end).sum())) > self._pages.free:
+            if self._evict(need, keep=slots):
+                continue
+            if slots.numel() == 1:
+                raise UserError(
+                    f"the cache holds {self._pages.pages} pages of {PAGE} tokens, and one sequence of {int(end)} "
+                    f"tokens needs {int(pages_for(end))}; free memory, or shorten prompts and responses"
+                )
+            self.preemptions += int(self._pages.held[slots[-1]] > 0)
+            self._drop_pages(slots[-1:])
+            slots, end = slots[:-1], end[:-1]
         return slots.numel()
+
+    def _evict(self, pages: int, keep: Tensor) -> bool:
+        """Preempts sequences other than `keep`, the last slot first, until `pages` are free; whether there was one."""
+        others = self._pages.held > 0
+        others[keep] = False
+        victims = others.nonzero()[:, 0].tolist()
+        some = bool(victims) and self._pages.free < pages
+        while victims and self._pages.free < pages:
+            self.preemptions += 1
+            self._drop_pages(torch.tensor([victims.pop()]))
+        return some
 
     def _waves(self, slots: Tensor) -> Iterator[Tensor]:
         """The slots in parts that have room at a time, for one more token each."""

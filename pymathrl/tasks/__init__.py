@@ -12,6 +12,7 @@ from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown, countdown_file
 from pymathrl.tasks.jsonl import read_objects
 from pymathrl.tasks.problem import Grade, Problem
+from pymathrl.tasks.questions import questions_file
 
 __all__ = ["OPTION_HELP", "TASKS", "Grade", "Problem", "Task", "convert_option", "load_task", "task_options"]
 
@@ -61,6 +62,7 @@ OPTION_HELP = {
     "digits_min": "fewest digits of a term",
     "digits_max": "most digits of a term",
     "ops": "operations that may occur, some of +-*",
+    "answer": "tag: the answer stands in <answer>...</answer>; last: it is the last number of the response",
     "format_score": "reward of a well-formed wrong answer; 0 pays for correctness only",
     "allow_subset": "true: numbers may be left unused",
     "compat": "exact, or rover for the text rules of the ROVER scorer",
@@ -103,9 +105,11 @@ def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Path, ...]]:
     line, first = read_objects(name, limit=1)[0]
     if "nums" in first or "target" in first:
         return countdown_file, (Path(name),)
+    if "question" in first or "answer" in first:
+        return questions_file, (Path(name),)
     raise UserError(
-        f"{name}, line {line}: expected an object with the fields 'nums' (list of integers) and 'target' (integer), "
-        f"got the fields {', '.join(map(repr, first)) or 'none'}"
+        f"{name}, line {line}: expected an object with the fields 'question' and 'answer' (texts), or 'nums' (list of "
+        f"integers) and 'target' (integer), got the fields {', '.join(map(repr, first)) or 'none'}"
     )
 
 

@@ -13,6 +13,7 @@ from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.expression import MAX_LITERALS, canonical
 from pymathrl.tasks.holdout import TEST_SEED, is_held_out
+from pymathrl.tasks.last_number import last_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
 
@@ -42,7 +43,9 @@ class Arithmetic:
     """Chains of terms_min..terms_max numbers of digits_min..digits_max digits, joined by operations drawn from `ops`.
 
     A number of d digits is uniform over 10^(d-1)..10^d-1 (1..9 for one digit), d uniform over its range.
-    format_score: reward of a wrong answer that is an integer in a closed answer tag; 0 pays for correctness only.
+    answer: "tag" reads the integer in a closed answer tag; "last" the last number of the response, for a model that was
+        not taught the tags, under a shorter prompt.
+    format_score: reward of a wrong answer that is an integer where it should be; 0 pays for correctness only.
     """
 
     terms_min: int = 2
@@ -50,6 +53,7 @@ class Arithmetic:
     digits_min: int = 1
     digits_max: int = 3
     ops: str = "+-*"
+    answer: str = "tag"
     format_score: float = 0.1
     name: str = field(default="arithmetic", init=False)
 
@@ -63,6 +67,8 @@ class Arithmetic:
                 raise UserError(f"arithmetic: expected {least} <= {low} <= {high} <= {most}, got {low}={a}, {high}={b}")
         if not self.ops or set(self.ops) - set("+-*"):
             raise UserError(f"arithmetic: ops must be one or more of the characters + - *, got {self.ops!r}")
+        if self.answer not in ("tag", "last"):
+            raise UserError(f"arithmetic: answer must be tag or last, got {self.answer!r}")
         if not 0 <= self.format_score < 1:
             raise UserError(f"arithmetic: format_score must be in [0, 1), got {self.format_score}")
 
@@ -86,6 +92,8 @@ class Arithmetic:
     def prompt(self, problem: Problem, style: str) -> str:
         if style == "compact":
             return f"{problem.question} = ?\n<think>"
+        if self.answer == "last":
+            return instruct(f"What is {problem.question}? Answer with the integer alone.", style)
         task = (
             f"Work out the exact value of {problem.question}. Multiply before you add or subtract. "
             "Put your reasoning between <think> and </think>, and the resulting integer, without thousands separators, "
@@ -94,10 +102,17 @@ class Arithmetic:
         return instruct(task, style)
 
     def grade(self, problem: Problem, response: str) -> Grade:
-        answer = last_answer(response)
-        if answer is None:
-            return Grade(0.0, False, None, None, "no closed answer tag")
-        value = read_integer(answer)
+        if self.answer == "last":
+            found = last_number(response)
+            if found is None:
+                return Grade(0.0, False, None, None, "no number")
+            answer, number = found
+            value = int(number) if number.denominator == 1 else None
+        else:
+            tagged = last_answer(response)
+            if tagged is None:
+                return Grade(0.0, False, None, None, "no closed answer tag")
+            answer, value = tagged, read_integer(tagged)
         if value is None:
             return Grade(0.0, False, answer, None, "not an integer")
         if value == int(problem.answer):

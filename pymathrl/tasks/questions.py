@@ -1,0 +1,95 @@
+"""Questions with a number as their answer, from a JSONL file: {"question": .., "answer": ..} per line, as in GSM8K.
+
+The gold answer is what follows the last "####" of the answer field, or the whole field.
+"""
+
+import random
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+from pymathrl.errors import UserError
+from pymathrl.tasks.answer_tag import last_answer
+from pymathrl.tasks.holdout import is_held_out
+from pymathrl.tasks.jsonl import fail, read_objects
+from pymathrl.tasks.last_number import last_number, read_number
+from pymathrl.tasks.problem import Grade, Problem
+from pymathrl.tasks.prompt_style import instruct
+
+ANSWERS = ("tag", "last")
+MARK = "####"  # of GSM8K, before the final answer
+
+
+def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0, split: str = "hash") -> "Questions":
+    """The task of a file. answer "tag" reads <answer>...</answer>, "last" the last number of the response.
+    format_score: reward of a wrong number. split "hash": an eighth of the rows is held out; "all": every row is test."""
+    if answer not in ANSWERS or split not in ("hash", "all"):
+        raise UserError(
+            f"{path}: expected answer in {', '.join(ANSWERS)} and split in hash, all, got {answer!r} and {split!r}"
+        )
+    if not 0 <= format_score < 1:
+        raise UserError(f"{path}: format_score must be in [0, 1), got {format_score}")
+    train: list[tuple[str, str, Fraction]] = []
+    test: list[tuple[str, str, Fraction]] = []
+    for line, row in read_objects(path):
+        for name in ("question", "answer"):
+            if not isinstance(row.get(name), str) or not row[name].strip():
+                fail(path, line, row, name, "a text that is not empty")
+        gold = row["answer"].rsplit(MARK, 1)[-1].strip()
+        value = read_number(gold)
+        if value is None:
+            fail(path, line, row, "answer", f"a number, alone or after '{MARK}'")
+        held_out = split == "all" or is_held_out("question:" + row["question"])
+        (test if held_out else train).append((row["question"], gold, value))
+    return Questions(str(path), tuple(train), tuple(test), answer, format_score)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """rows: (question, gold text, gold value)."""
+
+    name: str
+    rows: tuple[tuple[str, str, Fraction], ...]
+    held_out: tuple[tuple[str, str, Fraction], ...]
+    answer: str
+    format_score: float
+    _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict, compare=False, repr=False)
+
+    def train(self, index: int, seed: int) -> Problem:
+        if not self.rows:
+            raise UserError(f"{self.name}: no row to train on; all of them are held out")
+        epoch, at = divmod(index, len(self.rows))
+        if (seed, epoch) not in self._orders:
+            order = list(range(len(self.rows)))
+            random.Random(f"{seed}/{epoch}").shuffle(order)
+            self._orders.clear()
+            self._orders[seed, epoch] = order
+        return self._problem(index, self.rows[self._orders[seed, epoch][at]])
+
+    def test(self, n: int | None = None) -> list[Problem]:
+        return [self._problem(uid, row) for uid, row in enumerate(self.held_out[:n])]
+
+    @staticmethod
+    def _problem(uid: int, row: tuple[str, str, Fraction]) -> Problem:
+        return Problem(uid, row[0], row[1], {"value": row[2]})
+
+    def prompt(self, problem: Problem, style: str) -> str:
+        if style == "compact":
+            return f"{problem.question}\n<think>"
+        where = "between <answer> and </answer>" if self.answer == "tag" else "at the end, after 'The answer is'"
+        return instruct(f"{problem.question}\nReason step by step, and put the final number {where}.", style)
+
+    def grade(self, problem: Problem, response: str) -> Grade:
+        written = last_answer(response) if self.answer == "tag" else response
+        if written is None:
+            return Grade(0.0, False, None, None, "no closed answer tag")
+        found = last_number(written)
+        if found is None:
+            return Grade(0.0, False, None, None, "no number")
+        text, value = found
+        if value == problem.meta["value"]:
+            return Grade(1.0, True, text, str(value), "correct")
+        return Grade(self.format_score, False, text, str(value), f"wrong value {text}")
+
+    def solution(self, problem: Problem, rng: random.Random) -> str:
+        return f"</think><answer>{problem.answer}</answer>"

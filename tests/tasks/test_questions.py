@@ -1,0 +1,73 @@
+"""Questions from a file: GSM8K's form, both ways to read an answer, held-out rows, and every defect as one sentence."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pymathrl.errors import UserError
+from pymathrl.tasks import load_task, task_options
+
+
+def write(path: Path, rows: list) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+@pytest.fixture
+def file(tmp_path):
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"Twice {i}.\n#### {2 * i:,}"} for i in range(1, 2001)]
+    return write(tmp_path / "sums.jsonl", rows)
+
+
+def test_rows_are_split_by_hash_and_shuffled_by_seed_and_epoch(file):
+    task = load_task(file)
+    test = task.test()
+    assert 180 < len(test) < 320  # an eighth of 2,000
+    count = 2000 - len(test)
+    epoch = [task.train(i, 0).question for i in range(count)]
+    assert len(set(epoch)) == count and not set(epoch) & {p.question for p in test}
+    assert [task.train(i + count, 0).question for i in range(count)] != epoch
+    assert [task.train(i, 1).question for i in range(5)] != epoch[:5]
+    assert task.train(3, 0) == load_task(file).train(3, 0)
+    everything = load_task(file, split="all")
+    assert len(everything.test()) == 2000
+    with pytest.raises(UserError, match="no row to train on"):
+        everything.train(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward", "correct"),
+    [
+        ("tag", "so <answer>2,000</answer>", 1.0, True),
+        ("tag", "so 2000", 0.0, False),
+        ("tag", "<answer>2001</answer>", 0.1, False),
+        ("tag", "<answer>none</answer>", 0.0, False),
+        ("last", "first 3, then $2000.00.", 1.0, True),
+        ("last", "2000, or 2001", 0.1, False),
+        ("last", "no idea", 0.0, False),
+    ],
+)
+def test_grades(file, answer, response, reward, correct):
+    task = load_task(file, answer=answer, format_score=0.1, split="all")
+    grade = task.grade(task.test()[999], response)
+    assert (grade.reward, grade.correct) == (reward, correct)
+    assert all(str(999 + 1) in task.prompt(task.test()[999], style) for style in ("compact", "plain", "chat"))
+    assert task.grade(task.test()[999], task.solution(task.test()[999], None)).correct == (answer in ("tag", "last"))
+
+
+def test_options_and_defects(file, tmp_path):
+    assert set(task_options(file)) == {"answer", "format_score", "split"}
+    for options, message in (
+        ({"answer": "box"}, "answer in tag, last"),
+        ({"format_score": 1.0}, "format_score must be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_task(file, **options)
+    for row, message in (
+        ({"question": "a"}, "line 1: field 'answer' must be a text"),
+        ({"question": "", "answer": "1"}, "field 'question' must be a text that is not empty"),
+        ({"question": "a", "answer": "x/2"}, "field 'answer' must be a number, alone or after '####'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_task(write(tmp_path / "bad.jsonl", [row]))
