@@ -14,7 +14,8 @@ dropped. TRL's time is that between its on_step_begin and on_step_end: fetching 
                 exactly 0, and a random model has many
 
 Beside the ratio stands the share of the GEMM ceiling: arithmetic that the step needs (prompts prefilled once per group,
-no recomputation) over the time, over the best fp32 matrix product timed between the same steps.
+no recomputation) over the time, over the best fp32 matrix product timed between the same steps. "ours, idle" is charged
+the arithmetic of all rows too, so its share can pass 100 %.
 
     python bench/vs_trl.py [--cases A B C D E] [--steps N] [--threads 2] [--quick]
 
