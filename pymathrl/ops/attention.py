@@ -25,8 +25,8 @@ def attention_supports(head_dim: int) -> bool:
 
 @functools.cache
 def fused_attention() -> tuple[Callable[..., torch.Tensor] | None, str]:
-    """The library kernel that `attention` uses on a GPU in 16-bit precision (None: our own), and its name. Ours is a warp
-    per query without tiles: right, and no match for these. Looked for once per process."""
+    """The library kernel that `attention` uses on a GPU in 16-bit precision (None: our own), and its name. Ours is a
+    warp per query without tiles: right, and no match for these. Looked for once per process."""
     try:
         from flash_attn import flash_attn_varlen_func
     except ImportError:

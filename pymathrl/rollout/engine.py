@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +55,14 @@ PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds
 TAIL_TOKENS = 24  # decoded in front of what can hold a stop string when one is looked for
 Progress = Callable[[int, int, int], None]  # sequences finished, sequences in all, tokens drawn
 Hook = Callable[[list[int], Tensor, "StepStats"], Tensor | None]
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _outside_autograd(method: F) -> F:
+    """No gradients, and plain tensors even where the caller is in inference mode: the engine's outlive the call."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
 
 
 class StepStats:
@@ -170,7 +178,7 @@ class Engine:
 
     # --- whole generations ---------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_outside_autograd
     def generate(
         self,
         prompts: Sequence[Sequence[int]],
@@ -232,7 +240,7 @@ class Engine:
 
     # --- one step at a time --------------------------------------------------------------------------------------
 
-    @torch.no_grad()
+    @_outside_autograd
     def start(self, prompts: Sequence[Sequence[int]], uids: Sequence[int] | None = None) -> list[int]:
         """A new sequence for each prompt: its handle. Free it when done.
 
@@ -243,7 +251,7 @@ class Engine:
             self._check_length(len(prompt), 0)
         return self._new(prompts, self._uids(len(prompts), uids)).tolist()
 
-    @torch.no_grad()
+    @_outside_autograd
     def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
         """n copies of a sequence, which goes on too. They share its pages until one of them writes."""
         if n < 1:
@@ -255,7 +263,7 @@ class Engine:
         self._pages.share(slot, copies)
         return copies.tolist()
 
-    @torch.no_grad()
+    @_outside_autograd
     def append(self, seq: int, ids: Sequence[int]) -> None:
         """Adds tokens that the policy did not draw: a hint, a tool's output. Their role is forced: no loss on them."""
         slot = self._check([seq])
@@ -267,7 +275,7 @@ class Engine:
         self._length[slot] += len(ids)
         self._stop[slot] = STOP_NONE
 
-    @torch.no_grad()
+    @_outside_autograd
     def step(
         self,
         seqs: Sequence[int],
@@ -294,13 +302,13 @@ class Engine:
             self._stop[part] = STOP_NONE
         return Step(*(torch.cat(values, 1)[0] for values in zip(*parts, strict=True)))
 
-    @torch.no_grad()
+    @_outside_autograd
     def logits(self, seqs: Sequence[int]) -> Tensor:
         """fp32 [R,V]: the raw logits of each sequence's next token; the sequences stay as they are."""
         slots = self._check(seqs)
         return torch.cat([self.policy.model.logits(self._hidden(part)) for part in self._waves(slots)])
 
-    @torch.no_grad()
+    @_outside_autograd
     def segment(
         self,
         seqs: Sequence[int],
@@ -342,6 +350,7 @@ class Engine:
         """A point to come back to with `rollback`. Costs nothing."""
         return Snapshot(seq, int(self._length[self._check([seq])]))
 
+    @_outside_autograd
     def rollback(self, seq: int, snapshot: Snapshot) -> None:
         """Takes back every token after the snapshot."""
         slot = self._check([seq])
@@ -353,6 +362,7 @@ class Engine:
         self._cut(slot, torch.tensor([snapshot.length]))
         self._stop[slot] = STOP_NONE
 
+    @_outside_autograd
     def free(self, seqs: Sequence[int]) -> None:
         """Ends sequences: their handles mean nothing any more."""
         self._release(self._check(seqs))

@@ -22,7 +22,7 @@ MARK = "####"  # of GSM8K, before the final answer
 
 def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0, split: str = "hash") -> "Questions":
     """The task of a file. answer "tag" reads <answer>...</answer>, "last" the last number of the response.
-    format_score: reward of a wrong number. split "hash": an eighth of the rows is held out; "all": every row is test."""
+    format_score: reward of a wrong number. split "hash": an eighth of the rows is held out; "all": all are for test."""
     if answer not in ANSWERS or split not in ("hash", "all"):
         raise UserError(
             f"{path}: expected answer in {', '.join(ANSWERS)} and split in hash, all, got {answer!r} and {split!r}"

@@ -776,3 +776,27 @@ def test_weights_stay_where_they_are_and_recorded_passes_see_the_new_ones() -> N
     final = engine.generate(PROMPTS, N, 8)
     for got, name in zip(score(policy, final, 1.0), FIELDS, strict=True):
         assert_same(got, getattr(final, name), name)
+
+
+def test_an_engine_first_used_in_inference_mode_serves_outside_it(policy: Policy) -> None:
+    engine = Engine(policy, 1)
+    with torch.inference_mode():
+        first = engine.generate(PROMPTS[:2], 2, 5)
+    again = engine.generate(PROMPTS[:2], 2, 5)
+    assert torch.equal(first.ids, again.ids) and not again.logp.is_inference()
+
+
+def test_idle_sequences_do_not_hold_up_a_segment(policy: Policy) -> None:
+    """Pages of sequences that nobody asks for go to those that run: side by side, not one by one."""
+    engine = Engine(policy, 1, max_pages=12)
+    idle = engine.start([[5] * 40] * 3)
+    engine.step(idle)
+    assert engine.pages_in_use == 9
+    rows: list[int] = []
+    real = engine._draw
+    engine._draw = lambda slots, *rest: rows.append(slots.numel()) or real(slots, *rest)  # type: ignore[method-assign, func-returns-value]
+    running = engine.start([[6] * 20] * 4)
+    engine.segment(running, 8, stop_ids=())
+    assert rows[0] == 4 and engine.preemptions > 0
+    engine.free([*idle, *running])
+    assert engine.pages_in_use == 0

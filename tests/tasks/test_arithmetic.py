@@ -98,6 +98,7 @@ def test_prompts():
         ({"ops": "+/"}, r"characters \+ - \*, got '\+/'"),
         ({"ops": ""}, "ops"),
         ({"format_score": -0.1}, "format_score"),
+        ({"answer": "boxed"}, "answer must be tag or last"),
     ],
 )
 def test_bad_options(options, message):
@@ -111,3 +112,15 @@ def test_the_narrowest_options_still_have_both_sides(ops):
     test = {problem_key(p.question) for p in narrow.test()}
     assert 0 < len(test) < 20
     assert not test & {problem_key(narrow.train(index, 0).question) for index in range(300)}
+
+
+@pytest.mark.parametrize(
+    ("response", "reward", "correct"),
+    [("3*4 is 12, so -4.", 1.0, True), ("8-12", 0.1, False), ("-4.5", 0.0, False), ("?", 0.0, False)],
+)
+def test_answers_without_a_tag(response, reward, correct):
+    task = Arithmetic(answer="last")
+    problem = Problem(0, "8-3*4", "-4", {"numbers": (8, 3, 4), "ops": "-*"})
+    grade = task.grade(problem, response)
+    assert (grade.reward, grade.correct) == (reward, correct)
+    assert "8-3*4" in task.prompt(problem, "chat") and "<answer>" not in task.prompt(problem, "chat")

@@ -57,10 +57,12 @@ def test_files(tmp_path):
     with pytest.raises(UserError, match="unknown option 'nmin'"):
         load_task(path, nmin=3)
     path.write_text('{"question": "1+2", "answer": "3"}\n')
+    assert [p.answer for p in load_task(path, split="all").test()] == ["3"]
+    path.write_text('{"problem": "1+2", "solution": "3"}\n')
     with pytest.raises(UserError) as error:
         load_task(path)
-    assert "line 1: expected an object with the fields 'nums'" in str(error.value)
-    assert "got the fields 'question', 'answer'" in str(error.value)
+    assert "line 1: expected an object with the fields 'question' and 'answer'" in str(error.value)
+    assert "got the fields 'problem', 'solution'" in str(error.value)
 
 
 def test_every_option_has_its_help(tmp_path):
