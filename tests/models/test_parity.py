@@ -4,7 +4,7 @@ The models are small and random, with every weight (norms and biases too) away f
 can be dropped, swapped or turned without moving the logits.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import pymathrl
+from pymathrl.config import TrainConfig
 from pymathrl.models import Policy, char_tokenizer, save
+from pymathrl.optim import Optimizer
 
 LENGTHS = (50, 1, 17)  # of the packed sequences
 LLAMA3 = {
@@ -151,3 +153,20 @@ def test_the_comparison_notices_a_wrong_tensor(tmp_path: Path) -> None:
         assert ((our_logits(policy) - want).abs().max() / want.abs().max()).item() > 1e-3
         param.data.copy_(right)
     assert torch.equal(our_logits(policy), want)
+
+
+@pytest.mark.parametrize("name", ["llama, one kv head, llama3", "qwen2, one kv head", "qwen3, yarn"])
+def test_a_model_saved_after_training_has_the_same_logits_in_transformers(name: str, tmp_path: Path) -> None:
+    make(CASES[name], tmp_path / "theirs")
+    policy = pymathrl.load(tmp_path / "theirs", dtype=torch.float32)
+    before = our_logits(policy)
+    optimizer = Optimizer(policy.model, replace(TrainConfig(), lr=1e-2), 2)
+    for _ in range(2):
+        offsets = torch.tensor((0, *LENGTHS)).cumsum(0)
+        policy.model.logits(policy.model.hidden(torch.cat(sequences()), offsets)).logsumexp(-1).sum().backward()
+        assert optimizer.step().applied
+    ours = our_logits(policy)
+    assert (ours - before).norm() > 0.1 * before.norm()
+    save(policy, tmp_path / "ours")
+    got, _ = theirs(tmp_path / "ours")
+    assert ((got - ours).abs().max() / ours.abs().max()).item() < 1e-4
