@@ -371,7 +371,7 @@ def keep_support(logits: Tensor, support: tuple[Tensor, Tensor], begin: int = 0)
     part = slice(*torch.searchsorted(row, bounds).tolist())
     at = row[part] - begin, ids[part]
     kept = logits[at]
-    logits[at[0]] = -torch.inf
+    logits[at[0].unique_consecutive()] = -torch.inf
     logits[at] = kept
 
 

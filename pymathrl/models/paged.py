@@ -20,7 +20,7 @@ from pymathrl.ops._call import _C, use_reference
 from pymathrl.ops.attention import PAGE, paged_attention
 from pymathrl.ops.linear import linear_out
 from pymathrl.ops.rms_norm import rms_norm_out
-from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.ops.swiglu import swiglu_out
 
 HEAD_BYTES = 64 << 20  # of the logits held at once: head and draw run over chunks of rows
@@ -67,8 +67,11 @@ class PagedCache:
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
 
-    def grow(self, pages: int, slots: int, columns: int) -> None:
-        """Room for so many pages, slots and columns; what is there stays."""
+    def grow(self, pages: int, slots: int, columns: int, keep: bool = True) -> None:
+        """Room for so many pages, slots and columns. keep: the keys and values that are there stay, and lie in memory
+        twice while they are copied, one of the two at a time."""
+        if pages != self.keys.shape[1] and not keep:
+            self.keys, self.values = self.keys[:, :0].clone(), self.values[:, :0].clone()
         for name, sizes in (("keys", (pages,)), ("values", (pages,)), ("table", (slots, columns))):
             old = getattr(self, name)
             lead = 0 if name == "table" else 1  # the layers come before the pages
@@ -111,6 +114,14 @@ class Buffers:
         self.head_rows = max(1, min(rows, HEAD_BYTES // (4 * c.vocab_size)))
         self.logits = torch.empty(self.head_rows, c.vocab_size, dtype=torch.float32, device=like.device)
         self.numbers = torch.zeros(4 * rows, dtype=torch.float32, device=like.device)
+        self._support: Tensor | None = None
+
+    def support(self, rows: int) -> Tensor:
+        """uint8 [rows, ceil(V/8)], for the tokens that filters leave; made when first asked for."""
+        if self._support is None:
+            width = support_bytes(self.logits.shape[1])
+            self._support = torch.zeros(self.rows, width, dtype=torch.uint8, device=self.logits.device)
+        return self._support[:rows]
 
     @staticmethod
     def nbytes(model: Decoder, rows: int) -> int:
@@ -150,10 +161,7 @@ class Pass:
         self.model, self.cache, self.buffers, self.rows, self.until = model, cache, buffers, rows, until
         self.sampling, self.seed = sampling or Sampling(), seed
         self.rope = model.rope(min(model.config.max_positions, cache.table.shape[1] * PAGE))
-        self.support = None
-        if until == "token" and self.sampling.truncates:
-            width = (model.config.vocab_size + 7) // 8
-            self.support = torch.empty(rows, width, dtype=torch.uint8, device=model.device)
+        self.support = buffers.support(rows) if until == "token" and self.sampling.truncates else None
         with torch.no_grad():
             self._run: Callable[[], None] = self._once
             if replay:
@@ -187,15 +195,16 @@ class Pass:
         return run
 
     def _capture(self) -> Callable[[], None]:
-        here, side = torch.cuda.current_stream(self.model.device), torch.cuda.Stream(self.model.device)
-        side.wait_stream(here)
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self._once()
-        here.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._once()
+        with torch.cuda.device(self.model.device):  # a capture takes a stream of the current device
+            here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+            side.wait_stream(here)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    self._once()
+            here.wait_stream(side)
+            with torch.cuda.graph(graph):
+                self._once()
         return graph.replay
 
     def _embed(self) -> None:

@@ -18,6 +18,7 @@ sequence says does not depend on what runs beside it, on the batch limit, or on 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -103,10 +104,11 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A point of a sequence to come back to: its length in tokens. Its keys and values stay in the cache."""
+    """A point of a sequence to come back to: its length in tokens then, and when that was."""
 
     seq: int
     length: int
+    when: int
 
 
 def _grown(needed: int, have: int) -> int:
@@ -165,10 +167,16 @@ class Engine:
         self._uid = torch.zeros(0, dtype=torch.int64)
         self._stop = torch.zeros(0, dtype=torch.int8)
         self._live = torch.zeros(0, dtype=torch.bool)
+        self._name = torch.zeros(0, dtype=torch.int64)  # the handle of the sequence; in `generate` its row
+        self._slot_of: dict[int, int] = {}  # handle -> slot. Handles never come again
+        self._next_handle = 0
+        self._cuts: dict[int, list[tuple[int, int]]] = {}  # handle -> (when, length), both rising: see `rollback`
+        self._clock = 0  # of snapshots and cuts
         self._next_uid = -(2**63)  # of sequences that are given none: below all that a caller counts from 0
         self._support = Supports()
-        self._passes: dict[tuple[int, Until, Sampling | None], Pass] = {}
-        self._passes_seed = 0  # that of the recorded draws
+        self._passes: dict[tuple[int, Until, Sampling | None, int | None], Pass] = {}
+        self._pass_seeds: list[int] = []  # of the recorded draws: a run uses two, training's and evaluation's
+        self._pass_weights: list[int] = []  # where the weights lay when the passes were recorded
         self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
         self._cache = PagedCache(policy.model, 0, 0, 0)
         self._buffers = Buffers(policy.model, 0)
@@ -205,7 +213,7 @@ class Engine:
         temperature     divides the logits, 0 is greedy; top_k 0, top_p 1 and min_p 0 keep the whole vocabulary
         stop_ids        tokens that end a response and belong to it; None: the policy's end tokens; (): none
         stop_strings    texts that end a response; the tokens up to the one that completes the text belong to it
-        hook            sees, and may replace, the logits of every step: see `step`
+        hook            sees, and may replace, the logits of every step: see `step`; its sequences are row numbers
         on_progress     called every few steps: (responses finished, responses in all, tokens drawn)
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -221,9 +229,11 @@ class Engine:
             self._check_length(len(prompt), most)
         sampling = self._sampling(temperature, top_k, top_p, min_p)
         lengths = torch.tensor([len(p) for p in prompts])
-        roots = self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))
-        seqs = self._copy(roots.repeat_interleave(n), uid)
+        taken = [self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))]
         try:
+            roots = taken[0].repeat_interleave(n)
+            taken.append(seqs := self._copy(roots, uid))
+            self._name[seqs] = torch.arange(seqs.numel())
             longest = (lengths + torch.tensor(limits)).repeat_interleave(n)
             pages = pages_for(longest).sort(descending=True).values[: self.max_batch].sum() + pages_for(lengths).sum()
             self._open(pages=int(pages), tokens=int(longest.max()))
@@ -231,12 +241,12 @@ class Engine:
             order = torch.argsort(lengths, stable=True)[:, None] * n + torch.arange(n)
             self._run(
                 seqs, longest, _Ends.of(self.policy, stop_ids, stop_strings), sampling,
-                self.seed if seed is None else seed, order=order.flatten(), roots=roots.repeat_interleave(n),
-                hook=hook, on_progress=on_progress,
+                self.seed if seed is None else seed, order=order.flatten(), roots=roots, hook=hook,
+                on_progress=on_progress,
             )  # fmt: skip
             return self._rollout(seqs, torch.arange(len(prompts)).repeat_interleave(n))
         finally:
-            self._release(torch.cat([roots, seqs]))
+            self._release(torch.cat(taken))
 
     # --- one step at a time --------------------------------------------------------------------------------------
 
@@ -249,7 +259,7 @@ class Engine:
         """
         for prompt in prompts:
             self._check_length(len(prompt), 0)
-        return self._new(prompts, self._uids(len(prompts), uids)).tolist()
+        return self._hand_out(self._new(prompts, self._uids(len(prompts), uids)))
 
     @_outside_autograd
     def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
@@ -261,7 +271,7 @@ class Engine:
         self._feed(slot[:1])
         copies = self._copy(slot, self._uids(n, uids))
         self._pages.share(slot, copies)
-        return copies.tolist()
+        return self._hand_out(copies)
 
     @_outside_autograd
     def append(self, seq: int, ids: Sequence[int]) -> None:
@@ -297,8 +307,9 @@ class Engine:
         sampling = self._sampling(temperature, top_k, top_p, min_p)
         parts = []
         for part in self._waves(slots):
-            parts.append(self._draw(part, 1, sampling, self.seed, hook))
-            self._keep(part, parts[-1], torch.ones_like(part))
+            drawn, supports = self._draw(part, 1, sampling, self.seed, hook)
+            self._keep(part, drawn, torch.ones_like(part), supports)
+            parts.append(drawn)
             self._stop[part] = STOP_NONE
         return Step(*(torch.cat(values, 1)[0] for values in zip(*parts, strict=True)))
 
@@ -343,21 +354,22 @@ class Engine:
             slots, self._length[slots] + max_new_tokens, ends, self._sampling(temperature, top_k, top_p, min_p),
             self.seed, keep_pages=True, hook=hook,
         )  # fmt: skip
-        self._support.cut(slots, self._length[slots])  # of what was drawn behind the ends
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
 
     def snapshot(self, seq: int) -> Snapshot:
-        """A point to come back to with `rollback`. Costs nothing."""
-        return Snapshot(seq, int(self._length[self._check([seq])]))
+        """A point to come back to with `rollback`, until tokens before it are taken back. Costs nothing."""
+        self._clock += 1
+        return Snapshot(seq, int(self._length[self._check([seq])]), self._clock)
 
     @_outside_autograd
     def rollback(self, seq: int, snapshot: Snapshot) -> None:
-        """Takes back every token after the snapshot."""
+        """Takes back every token after the snapshot. Drawing on gives the same tokens again: their randomness follows
+        from uid and position. `fork` with another uid draws anew."""
         slot = self._check([seq])
-        if snapshot.seq != seq or snapshot.length > int(self._length[slot]):
+        since = [length for when, length in self._cuts.get(seq, []) if when > snapshot.when]
+        if snapshot.seq != seq or min(since, default=snapshot.length) < snapshot.length:
             raise ValueError(
-                f"rollback: expected a snapshot of sequence {seq} with at most its {int(self._length[slot])} tokens, "
-                f"got {snapshot}"
+                f"rollback: expected a snapshot of sequence {seq} whose tokens are all still there, got {snapshot}"
             )
         self._cut(slot, torch.tensor([snapshot.length]))
         self._stop[slot] = STOP_NONE
@@ -365,7 +377,8 @@ class Engine:
     @_outside_autograd
     def free(self, seqs: Sequence[int]) -> None:
         """Ends sequences: their handles mean nothing any more."""
-        self._release(self._check(seqs))
+        if seqs:
+            self._release(self._check(seqs))
 
     def tokens(self, seq: int) -> list[int]:
         """The token ids of a sequence, prompt included."""
@@ -403,6 +416,7 @@ class Engine:
         order: in which they get their turn. roots [n]: slots that hold a sequence's prompt, to share its pages; given
         back when all that want them have started. keep_pages: those of a sequence that stops stay.
         """
+        self._forget_moved_weights()
         end_of = torch.zeros_like(self._length)
         end_of[slots] = limit
         root_of = torch.full_like(self._length, -1)
@@ -418,9 +432,9 @@ class Engine:
             fit = self._make_room(active, k - 1)
             waiting.extendleft(reversed(active[fit:].tolist()))
             active = active[:fit]
-            drawn = self._draw(active, k, sampling, seed, hook)
+            drawn, supports = self._draw(active, k, sampling, seed, hook)
             steps, stop = self._ends_of(active, drawn.ids, end_of[active], ends)
-            self._keep(active, drawn, steps)
+            self._keep(active, drawn, steps, supports)
             self._stop[active] = stop
             over = stop != STOP_NONE
             done = active[over]
@@ -457,7 +471,6 @@ class Engine:
             waiting.popleft()
         empty = new[(self._pages.fed[new] == 0) & (root_of[new] >= 0)]
         roots = root_of[empty].unique()
-        roots = roots[self._live[roots]]
         if roots.numel():
             self._feed(roots[: self._make_room(roots, -1)])
             sharing = empty[self._pages.fed[root_of[empty]] > 0]
@@ -512,8 +525,11 @@ class Engine:
 
     # --- the forward passes --------------------------------------------------------------------------------------
 
-    def _draw(self, slots: Tensor, k: int, sampling: Sampling, seed: int, hook: Hook | None) -> Step:
-        """k draws for each slot [r], for which there is room: Step of tensors [k,r]. Nothing is kept yet."""
+    def _draw(
+        self, slots: Tensor, k: int, sampling: Sampling, seed: int, hook: Hook | None
+    ) -> tuple[Step, list[Tensor]]:
+        """k draws for each slot [r], for which there is room: (Step of tensors [k,r], the k supports [r, ceil(V/8)] of
+        draws under filters). Nothing is kept yet."""
         if hook is not None:
             return self._draw_with_hook(slots, sampling, seed, hook)
         rows, b = slots.numel(), self._buffers
@@ -521,19 +537,22 @@ class Engine:
         self._feed(slots, ahead=k - 1)
         self._load(slots, step.rows)
         self._grow_ring(k)
+        supports = []
         for j in range(k):
             step.run()
             self._ring_ids[j, :rows] = b.drawn[:rows]
             self._ring_numbers[j, : 4 * step.rows] = b.numbers[: 4 * step.rows]
             if step.support is not None:
-                self._support.add(slots, self._length[slots] + j, step.support[:rows])
+                supports.append(step.support[:rows].clone())
         numbers = b.split_numbers(step.rows, self._ring_numbers[:k])[..., :rows]
         # a copy of the ids: where `step` takes several waves, the next one writes over the ring
-        return self._finite(slots, Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind()))
+        return _finite(Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind())), supports
 
-    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> Step:
+    def _draw_with_hook(
+        self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook
+    ) -> tuple[Step, list[Tensor]]:
         logits = self.policy.model.logits(self._hidden(slots))
-        changed = hook(slots.tolist(), logits, StepStats(logits))
+        changed = hook(self._name[slots].tolist(), logits, StepStats(logits))
         if changed is not None:
             if changed.shape != logits.shape:
                 raise ValueError(f"hook: expected logits of shape {list(logits.shape)}, got {list(changed.shape)}")
@@ -546,18 +565,7 @@ class Engine:
             logits, seed, uid, draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
             min_p=sampling.min_p, support=support,
         )  # fmt: skip
-        if support is not None:
-            self._support.add(slots, self._length[slots], support)
-        return self._finite(slots, Step(*(value[None] for value in out)))
-
-    def _finite(self, slots: Tensor, drawn: Step) -> Step:
-        """What was drawn, before anything reads it: a row of nan logits has the token -1."""
-        if not bool(torch.isfinite(drawn.logp).all()):
-            self._support.cut(slots, self._length[slots])
-            raise UserError(
-                "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
-            )
-        return drawn
+        return _finite(Step(*(value[None] for value in out))), [] if support is None else [support]
 
     def _hidden(self, slots: Tensor) -> Tensor:
         """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it."""
@@ -598,11 +606,18 @@ class Engine:
         b.inputs[:, :count] = values
         b.slot[count:rows] = -1
 
+    def _forget_moved_weights(self) -> None:
+        """Drops the recorded passes where a parameter lies elsewhere than they read it: they hold its address."""
+        where = [p.data_ptr() for p in self.policy.model.parameters()]
+        if where != self._pass_weights:
+            self._pass_weights = where
+            self._passes.clear()
+
     def _pass(self, rows: int, until: Until, sampling: Sampling | None, seed: int) -> Pass:
-        if seed != self._passes_seed and until == "token":
-            self._passes.clear()  # rather than to pile up: a run uses two seeds, training's and evaluation's
-            self._passes_seed = seed
-        key = (rows, until, sampling)
+        if until == "token" and seed not in self._pass_seeds:
+            self._pass_seeds = [*self._pass_seeds[-1:], seed]
+            self._passes = {k: v for k, v in self._passes.items() if k[3] is None or k[3] in self._pass_seeds}
+        key = (rows, until, sampling, seed if until == "token" else None)
         if key not in self._passes:
             self._passes[key] = Pass(self.policy.model, self._cache, self._buffers, rows, until, sampling, seed)
         return self._passes[key]
@@ -653,6 +668,7 @@ class Engine:
 
     def _waves(self, slots: Tensor) -> Iterator[Tensor]:
         """The slots in parts that have room at a time, for one more token each."""
+        self._forget_moved_weights()
         while slots.numel():
             fit = self._make_room(slots, 0)
             yield slots[:fit]
@@ -662,19 +678,20 @@ class Engine:
         """Room for `pages` pages, as far as the memory goes, and for sequences of `tokens` tokens. What was recorded on
         older tensors is forgotten."""
         model, have, slots = self.policy.model, self._pages, self._live.numel()
-        rows = max(self.max_batch, PREFILL_ROWS)
+        rows = max(self._bucket(self.max_batch), PREFILL_ROWS)
         if self._buffers.rows < rows:
             self._buffers = Buffers(model, rows)
         columns = _grown(-(-tokens // PAGE), have.table.shape[1])
         if pages > have.pages:
             limit = self.max_pages
-            if limit is None:
-                limit = have.pages + devices.free_bytes(self.device) // PagedCache.page_bytes(model)
+            if limit is None:  # of pages in use half are there twice while they are copied
+                limit = have.pages - (have.pages + 1) // 2 * bool(self.pages_in_use)
+                limit += devices.free_bytes(self.device) // PagedCache.page_bytes(model)
             pages = max(have.pages, min(limit, max(pages, 2 * have.pages)))
         if pages <= have.pages and (slots, columns) == tuple(have.table.shape):
             return
         have.grow(max(pages, have.pages), slots, columns)
-        self._cache.grow(max(pages, have.pages), slots, columns)
+        self._cache.grow(max(pages, have.pages), slots, columns, keep=self.pages_in_use > 0)
         self._passes.clear()
 
     def _drop_pages(self, slots: Tensor) -> None:
@@ -684,6 +701,12 @@ class Engine:
         self._length[slots] = length
         self._pages.truncate(slots, length - 1)
         self._support.cut(slots, length)
+        self._clock += 1
+        for name, kept in zip(self._name[slots].tolist(), length.tolist(), strict=True):
+            cuts = self._cuts.setdefault(name, [])
+            while cuts and cuts[-1][1] >= kept:
+                cuts.pop()
+            cuts.append((self._clock, kept))
 
     # --- sequences -----------------------------------------------------------------------------------------------
 
@@ -716,7 +739,7 @@ class Engine:
         have = self._live.numel()
         more = _grown(have + count - idle.numel(), have) - have
         if more:
-            for name in ("_length", "_prompt", "_uid", "_stop", "_live"):
+            for name in ("_length", "_prompt", "_uid", "_stop", "_live", "_name"):
                 old = getattr(self, name)
                 setattr(self, name, torch.cat([old, old.new_zeros(more)]))
             idle = (~self._live).nonzero()[:count, 0]
@@ -725,13 +748,25 @@ class Engine:
         self._live[idle], self._stop[idle] = True, STOP_NONE
         return idle
 
+    def _hand_out(self, slots: Tensor) -> list[int]:
+        """New handles of the sequences in these slots."""
+        handles = torch.arange(self._next_handle, self._next_handle + slots.numel())
+        self._next_handle += slots.numel()
+        self._name[slots] = handles
+        self._slot_of |= zip(handles.tolist(), slots.tolist(), strict=True)
+        return handles.tolist()
+
     def _release(self, slots: Tensor) -> None:
+        for name, slot in zip(self._name[slots].tolist(), slots.tolist(), strict=True):
+            if self._slot_of.get(name) == slot:
+                del self._slot_of[name]
+                self._cuts.pop(name, None)
         self._drop_pages(slots)
         self._live[slots] = False
         self._support.cut(slots, torch.zeros_like(slots))
 
-    def _keep(self, slots: Tensor, drawn: Step, steps: Tensor) -> None:
-        """Appends the first steps [r] of drawn [k,r] to each slot."""
+    def _keep(self, slots: Tensor, drawn: Step, steps: Tensor, supports: list[Tensor]) -> None:
+        """Appends the first steps [r] of drawn [k,r] to each slot, with their supports."""
         k, store = drawn.ids.shape[0], self._store
         store.grow(0, int(self._length[slots].max()) + k)
         # a sequence that has ended drew on until the look: those tokens lie behind its length and are never read
@@ -739,6 +774,9 @@ class Engine:
         for name in ("ids", "logp", "mean_logp", "entropy"):
             getattr(store, name)[row, column] = getattr(drawn, name).T
         store.role[row, column] = ROLE_SAMPLED
+        for j, bits in enumerate(supports):
+            kept = steps > j
+            self._support.add(slots[kept], self._length[slots[kept]] + j, bits[kept.to(self.device)])
         self._length[slots] += steps
         self._pages.fed[slots] = self._length[slots] - 1
 
@@ -764,11 +802,9 @@ class Engine:
     # --- checks --------------------------------------------------------------------------------------------------
 
     def _check(self, seqs: Sequence[int]) -> Tensor:
-        slots = torch.tensor(list(seqs), dtype=torch.int64)
-        ok = (slots >= 0) & (slots < self._live.numel())
-        ok &= self._live[slots.clamp(0, max(0, self._live.numel() - 1))] if self._live.numel() else ok
-        if not slots.numel() or not bool(ok.all()):
+        if not seqs or not all(seq in self._slot_of for seq in seqs):
             raise ValueError(f"Engine: expected handles of live sequences, got {list(seqs)}")
+        slots = torch.tensor([self._slot_of[seq] for seq in seqs], dtype=torch.int64)
         if slots.unique().numel() < slots.numel():
             raise ValueError(f"Engine: expected each sequence once, got {list(seqs)}")
         return slots
@@ -802,6 +838,11 @@ class Engine:
 
     @staticmethod
     def _sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> Sampling:
+        if not (0.0 <= temperature < math.inf and top_k >= 0 and 0.0 < top_p <= 1.0 and 0.0 <= min_p <= 1.0):
+            raise ValueError(
+                "Engine: expected temperature >= 0, top_k >= 0, top_p in (0, 1] and min_p in [0, 1], got "
+                f"{temperature}, {top_k}, {top_p} and {min_p}"
+            )
         return Sampling(float(temperature), int(top_k), float(top_p), float(min_p))
 
 
@@ -821,7 +862,22 @@ class _Ends:
         strings = tuple(strings)
         if any(not s for s in strings):
             raise ValueError("stop_strings must not be empty texts")
+        for text in strings:
+            token = policy.tokenizer.backend.token_to_id(text)
+            if token is not None and not policy.tokenizer.decode([token]):
+                raise ValueError(
+                    f"stop_strings: {text!r} is a special token, which no decoded text shows; give stop_ids=[{token}]"
+                )
         return _Ends(torch.tensor(policy.eos_ids if ids is None else list(ids), dtype=torch.int64), strings)
+
+
+def _finite(drawn: Step) -> Step:
+    """What was drawn, before anything reads it: a row of nan logits has the token -1."""
+    if not bool(torch.isfinite(drawn.logp).all()):
+        raise UserError(
+            "the model gives no finite logits: its weights hold nan or inf; go back to an earlier checkpoint"
+        )
+    return drawn
 
 
 def _known(text: str) -> int:
