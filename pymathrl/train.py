@@ -50,6 +50,9 @@ from pymathrl.tasks import Task, load_task
 from pymathrl.verify import Verdicts, verify
 
 EVAL_KS = (1, 8)
+# Of the trainer state in a checkpoint. 2: q and k rows in the checkpoint's own order, and master weights; the moments
+# of format 1, which bore no number, belong to rows in another order.
+STATE_FORMAT = 2
 MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
 
 
@@ -122,6 +125,11 @@ def train(run: Run) -> int:
         out = run.resume
         if checkpoint is not None:
             saved = load_state(checkpoint)
+            if saved.get("format") != STATE_FORMAT:
+                raise UserError(
+                    f"--resume {out}: saved by an earlier version of pymathrl; start a new run from its weights: "
+                    f"--model {checkpoint}"
+                )
             optimizer.load_state_dict(saved["optimizer"])
             state = State(**saved["state"])
         if state.step >= config.steps and (out / "summary.json").exists():
@@ -289,7 +297,9 @@ class Session:
             )
         with self.timer("checkpoint"):
             self.state.wall_s = time.perf_counter() - self.started
-            content = {"optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy()}
+            content = {
+                "format": STATE_FORMAT, "optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy(),
+            }  # fmt: skip
             save_checkpoint(
                 self.out, self.state.step, lambda folder: save(self.policy, folder), content,
                 keep=self.run.train.keep_checkpoints,

@@ -181,6 +181,26 @@ def test_resume_refuses_other_options_and_says_when_done(tmp_path, capsys):
     assert "all checkpoints there are damaged" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("number", [None, 1])
+def test_resume_refuses_the_state_of_an_earlier_version(number, tmp_path, monkeypatch, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real = train_module.save_checkpoint
+
+    def earlier(run_dir, step, write, state, **options):
+        state = {k: v for k, v in state.items() if k != "format"} | ({} if number is None else {"format": number})
+        return real(run_dir, step, write, state, **options)
+
+    monkeypatch.setattr(train_module, "save_checkpoint", earlier)
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["--resume", str(out), "--steps", "2"]) == 2
+    err = capsys.readouterr().err
+    checkpoint = out / "checkpoints" / "step-1"
+    assert f"saved by an earlier version of pymathrl; start a new run from its weights: --model {checkpoint}" in err
+    assert err.count("\n") == 1 and {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
+
+
 def test_resume_before_the_first_checkpoint_and_after_the_last(tmp_path, capsys, monkeypatch):
     """A run killed before its first checkpoint starts over; one killed in its last evaluation only evaluates."""
     model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
