@@ -185,8 +185,8 @@ def write_toml(values: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def _default(name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name)
+def _default(name: str, cls: type = TrainConfig) -> Any:
+    return next(f.default for f in dataclasses.fields(cls) if f.name == name)
 
 
 def _names(cls: type) -> set[str]:
@@ -220,8 +220,9 @@ def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any
             value = convert_option(task, option, text)
             before = saved.get(key, task_options(task)[option])
         else:
-            value = convert(TrainConfig if key in _names(TrainConfig) else algo.config, key, text, flag(key))
-            before = saved.get(key)
+            cls = TrainConfig if key in _names(TrainConfig) else algo.config
+            value = convert(cls, key, text, flag(key))
+            before = saved.get(key, _default(key, cls))  # a run may be older than an option
         if key == "steps" and before != value and saved.get("lr_schedule") != "constant":
             raise UserError(
                 f"--steps cannot change here: the {saved.get('lr_schedule')} schedule of the run ends at {before}"
