@@ -103,6 +103,8 @@ def train(run: Run) -> int:
     device = devices.resolve(config.device)
     threads = devices.set_threads(config.threads)
     task = load_task(config.task, **run.task_options)
+    if config.steps:
+        task.train(0, config.seed)  # a task with nothing to train on fails here: nothing was loaded or written yet
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)

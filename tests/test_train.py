@@ -395,6 +395,16 @@ def test_broken_problem_file_names_line_and_field(lines, words, tmp_path, capsys
         assert word in err.replace("no rows", "empty").replace("no problem", "empty"), err
 
 
+@pytest.mark.parametrize("row", ['{"nums": [1, 2, 3], "target": 6}', '{"question": "1 + 1?", "answer": "2"}'])
+def test_a_file_that_is_all_for_evaluation_is_refused_before_the_run_folder(row, tmp_path, capsys):
+    model, file, out = save_tiny(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text((row + "\n") * 3)
+    argv = ["--algo", "rover", "--model", str(model), "--task", str(file), "--task-split", "all", "--out", str(out)]
+    assert main([*argv, *SMALL_RUN]) == 2
+    err = capsys.readouterr().err
+    assert "rows.jsonl: no row is left to train on" in err and err.count("\n") == 1 and not out.exists()
+
+
 def test_output_folder_that_cannot_be_written(tmp_path, capsys):
     model, blocker = save_tiny(tmp_path / "model"), tmp_path / "file"
     blocker.write_text("in the way")
