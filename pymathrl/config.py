@@ -276,11 +276,16 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     _add_options(parser, "every run", TrainConfig)
     if len(algos) == 1:
         _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
+    add_task_options(parser, task_defaults)
+    return parser
+
+
+def add_task_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    """A flag --task-NAME for each option of a task; `defaults` as `task_options` gives them."""
     group = parser.add_argument_group("the task (--task NAME --help shows those of another)")
-    for key, default in task_defaults.items():
+    for key, default in defaults.items():
         text = f"{OPTION_HELP[key]} [{default}]"
         group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=text)
-    return parser
 
 
 def _unknown(word: str, algo: Algo, task: str, parser: argparse.ArgumentParser) -> NoReturn:

@@ -104,7 +104,9 @@ class Optimizer:
         if (
             (saved and [m.shape for m in saved] != [p.shape for p in own])
             or len(indices) != len(ordered)
-            or any(i in moments and moments[i]["exp_avg"].shape != p.shape for i, p in zip(indices, ordered, strict=True))
+            or any(
+                moments[i]["exp_avg"].shape != p.shape for i, p in zip(indices, ordered, strict=True) if i in moments
+            )
         ):
             raise ValueError(
                 f"Optimizer.load_state_dict: state must be of a model with these {len(ordered)} weights, got "

@@ -108,7 +108,7 @@ def train(run: Run) -> int:
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
-    policy = load(str(checkpoint or config.model), device, weight_dtype(config.dtype, device))
+    policy = load(str(checkpoint or config.model), device, devices.weight_dtype(config.dtype, device))
     config = fit_context(config, policy)
     run = replace(run, train=config)
     if config.prompt_style != "auto":
@@ -174,7 +174,7 @@ class Session:
     out: Path
 
     def __post_init__(self) -> None:
-        self.timer = StageTimer(on_enter=self.log.stage)
+        self.timer = StageTimer(self.log.stage, lambda: devices.synchronize(self.policy.device))
         self.spec = self.run.algo.loss(self.run.own)
         self.started = time.perf_counter() - self.state.wall_s
         self.saved_step = self.state.step if self.run.resume is not None else -1
@@ -359,13 +359,6 @@ def new_run_dir(run: Run) -> Path:
             )
         out.mkdir(parents=True, exist_ok=True)
     return out
-
-
-def weight_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that --dtype asks for on this device."""
-    if name == "bf16" and device.type == "cpu":
-        raise UserError("--dtype bf16: weights on a CPU are fp32; leave it out, or use --device cuda")
-    return torch.float32 if name == "fp32" or device.type == "cpu" else torch.bfloat16
 
 
 @dataclass(frozen=True)

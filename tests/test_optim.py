@@ -64,9 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     filled(model)
     assert not optimizer.step(finite_loss=False).applied
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert all(
-        torch.equal(a, v["exp_avg"]) for a, v in zip(moments, optimizer.adamw.state.values(), strict=True)
-    )
+    assert all(torch.equal(a, v["exp_avg"]) for a, v in zip(moments, optimizer.adamw.state.values(), strict=True))
     assert all(p.grad is None for p in model.parameters()), "the bad gradient must not reach the next step"
     filled(model)
     assert optimizer.step().applied

@@ -42,11 +42,11 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
         rows.append((row["question"], gold, value))
     if split == "all":
         return Questions(str(path), (), tuple(rows), answer, format_score)
-    held_out = held_out_keys("question:" + question for question, _, _ in rows)
-    sides: tuple[list[tuple[str, str, Fraction]], ...] = ([], [])
-    for r in rows:
-        sides["question:" + r[0] in held_out].append(r)
-    return Questions(str(path), tuple(sides[0]), tuple(sides[1]), answer, format_score)
+    keys = ["question:" + question for question, _, _ in rows]
+    held_out = held_out_keys(keys)
+    train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
+    test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
+    return Questions(str(path), train, test, answer, format_score)
 
 
 @dataclass(frozen=True)
