@@ -95,9 +95,8 @@ class Optimizer:
         """Goes on from `state`, after the model's weights were loaded. The precision may differ from when it was saved,
         as it does between a CPU and a GPU: saved masters become fp32 weights, and loaded weights become masters where
         none were saved. ValueError, with nothing changed, where the state is of another model."""
-        saved, own = state["masters"], [p for _, p in self._masters()]
-        if saved and not own:
-            own = self.parameters
+        saved: list[torch.Tensor] = state["masters"]
+        own: list[torch.Tensor] = [p for _, p in self._masters()] or list(self.parameters if saved else ())
         moments = state["adamw"]["state"]
         ordered = [p for group in self.adamw.param_groups for p in group["params"]]
         indices = [i for group in state["adamw"]["param_groups"] for i in group["params"]]
