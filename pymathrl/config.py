@@ -185,8 +185,8 @@ def write_toml(values: dict[str, Any]) -> str:
     return "".join(lines)
 
 
-def _default(name: str) -> Any:
-    return next(f.default for f in dataclasses.fields(TrainConfig) if f.name == name)
+def _default(name: str, cls: type = TrainConfig) -> Any:
+    return next(f.default for f in dataclasses.fields(cls) if f.name == name)
 
 
 def _names(cls: type) -> set[str]:
@@ -220,8 +220,9 @@ def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any
             value = convert_option(task, option, text)
             before = saved.get(key, task_options(task)[option])
         else:
-            value = convert(TrainConfig if key in _names(TrainConfig) else algo.config, key, text, flag(key))
-            before = saved.get(key)
+            cls = TrainConfig if key in _names(TrainConfig) else algo.config
+            value = convert(cls, key, text, flag(key))
+            before = saved.get(key, _default(key, cls))  # a run may be older than an option
         if key == "steps" and before != value and saved.get("lr_schedule") != "constant":
             raise UserError(
                 f"--steps cannot change here: the {saved.get('lr_schedule')} schedule of the run ends at {before}"
@@ -275,11 +276,16 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     _add_options(parser, "every run", TrainConfig)
     if len(algos) == 1:
         _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
+    add_task_options(parser, task_defaults)
+    return parser
+
+
+def add_task_options(parser: argparse.ArgumentParser, defaults: dict[str, Any]) -> None:
+    """A flag --task-NAME for each option of a task; `defaults` as `task_options` gives them."""
     group = parser.add_argument_group("the task (--task NAME --help shows those of another)")
-    for key, default in task_defaults.items():
+    for key, default in defaults.items():
         text = f"{OPTION_HELP[key]} [{default}]"
         group.add_argument(flag(f"task_{key}"), metavar=type(default).__name__.upper(), help=text)
-    return parser
 
 
 def _unknown(word: str, algo: Algo, task: str, parser: argparse.ArgumentParser) -> NoReturn:

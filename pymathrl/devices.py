@@ -36,6 +36,13 @@ def resolve(name: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
+def weight_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision that --dtype asks for on this device."""
+    if name == "bf16" and device.type == "cpu":
+        raise UserError("--dtype bf16: weights on a CPU are fp32; leave it out, or use --device cuda")
+    return torch.float32 if name == "fp32" or device.type == "cpu" else torch.bfloat16
+
+
 def set_threads(count: int) -> int:
     """Fixes the number of CPU threads (0 = the cores this process may use) and returns it."""
     cores = len(os.sched_getaffinity(0))

@@ -20,6 +20,7 @@ import torch
 from pymathrl import devices
 from pymathrl.batch import STOP_LENGTH, STOP_NAMES
 from pymathrl.checkpoint import explain_os_errors, write_atomic
+from pymathrl.config import add_task_options
 from pymathrl.errors import UserError
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
@@ -27,7 +28,7 @@ from pymathrl.models import load
 from pymathrl.options import CommandParser
 from pymathrl.prompt import encode
 from pymathrl.rollout import Engine
-from pymathrl.tasks import TASKS, Grade, Problem, Task, load_task
+from pymathrl.tasks import TASKS, Grade, Problem, Task, convert_option, load_task, task_options
 from pymathrl.verify import verify
 
 MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
@@ -75,50 +76,44 @@ def evaluate(
 ) -> Evaluation:
     """Samples `samples` responses per problem and grades them. pass@k counts exact correctness, never the reward.
 
-    on_progress(done, total) is called after each part, in problems.
+    on_progress(done, total) is called every few tokens, in problems: done is what the finished responses amount to.
     """
     policy = engine.policy
     start = time.perf_counter()
     encoded = [(p, encode(policy, task, p)) for p in problems]
     kept = [(p, ids) for p, ids in encoded if len(ids) <= max_prompt_tokens]
+    if not encoded:
+        raise UserError(f"no problem to evaluate: the task {task.name} holds out none")
     if not kept:
         raise UserError(
             f"no problem to evaluate: all {len(problems)} prompts of the task {task.name} "
             f"exceed {max_prompt_tokens} tokens"
         )
-    per_part = max(1, engine.max_batch // samples)
-    grades, texts, stops, lengths = [], [], [], []
-    tokens = 0
-    for begin in range(0, len(kept), per_part):
-        part = kept[begin : begin + per_part]
-        chosen = [p for p, _ in part]
-        rollout = engine.generate(
-            [ids for _, ids in part], samples, max_new_tokens, seed=seed ^ EVAL_STREAM,
-            uids=sample_uids(chosen, samples), temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-        )  # fmt: skip
-        verdicts = verify(rollout, chosen, task, policy.tokenizer)
-        stop, length = rollout.stop.tolist(), rollout.response_lengths.tolist()
-        for i in range(len(part)):
-            own = slice(i * samples, (i + 1) * samples)
-            grades.append(verdicts.grades[own])
-            texts.append(verdicts.texts[own])
-            stops.append([STOP_NAMES[s] for s in stop[own]])
-            lengths.append(length[own])
-        tokens += sum(length)
+    chosen = [p for p, _ in kept]
+
+    def progress(finished: int, responses: int, tokens: int) -> None:
         if on_progress is not None:
-            on_progress(min(begin + per_part, len(kept)), len(kept))
+            on_progress(finished // samples, len(kept))
+
+    # one call: a cut into parts would wait for the slowest response of each with most rows idle
+    rollout = engine.generate(
+        [ids for _, ids in kept], samples, max_new_tokens, seed=seed ^ EVAL_STREAM, uids=sample_uids(chosen, samples),
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, on_progress=progress,
+    )  # fmt: skip
+    verdicts = verify(rollout, chosen, task, policy.tokenizer)
+    groups = [slice(i * samples, (i + 1) * samples) for i in range(len(kept))]
+    stop, length = [STOP_NAMES[s] for s in rollout.stop.tolist()], rollout.response_lengths.tolist()
+    grades, texts = [verdicts.grades[g] for g in groups], [verdicts.texts[g] for g in groups]
+    stops, lengths = [stop[g] for g in groups], [length[g] for g in groups]
     metrics = evaluate_samples(
         [[g.correct for g in row] for row in grades], [[g.canonical for g in row] for row in grades], ks
     )
-    flat = [n for row in lengths for n in row]
-    metrics.update(completion_stats(flat, [s == STOP_NAMES[STOP_LENGTH] for row in stops for s in row]))
+    metrics.update(completion_stats(length, [s == STOP_NAMES[STOP_LENGTH] for s in stop]))
     seconds = time.perf_counter() - start
-    return Evaluation(
-        metrics, [p for p, _ in kept], grades, texts, stops, lengths, tokens, seconds, len(encoded) - len(kept)
-    )
+    return Evaluation(metrics, chosen, grades, texts, stops, lengths, sum(length), seconds, len(encoded) - len(kept))
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m pymathrl.eval", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
@@ -148,13 +143,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--rows", type=int, default=512, help="responses decoded side by side [512]")
     add("--seed", type=int, default=0, help="fixes the samples [0]")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N [auto]")
+    add("--dtype", default="auto", choices=("auto", "fp32", "bf16"),
+        help="of weights and activations; auto: fp32 on a CPU, bf16 on a GPU [auto]")  # fmt: skip
     add("--threads", type=int, default=0, help="CPU threads; 0 = all cores [0]")
     add("--json", help="write metrics and every graded response to this file")
+    add_task_options(parser, task_defaults)
     return parser
 
 
 def _run(argv: Sequence[str] | None) -> None:
-    args = _parser().parse_args(argv)
+    first = CommandParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--task", default="countdown")
+    name = first.parse_known_args(argv)[0].task
+    defaults = {k: v for k, v in task_options(name).items() if k != "split"}  # --split says it
+    args = _parser(defaults).parse_args(argv)
+    typed = {k: getattr(args, f"task_{k}") for k in defaults}
+    options = {k: convert_option(name, k, v) for k, v in typed.items() if v is not None}
     for name, low in (("n", 1), ("rows", 1), ("max_prompt_tokens", 1), ("seed", 0), ("threads", 0), ("top_k", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}")
@@ -182,11 +186,11 @@ def _run(argv: Sequence[str] | None) -> None:
     split = {None: "all", "all": "all", "held-out": "hash"}.get(args.split)
     if split is None:
         raise UserError(f"--split: expected all or held-out, got {args.split!r}")
-    task = load_task(args.task) if args.task in TASKS else load_task(args.task, split=split)
+    task = load_task(args.task, **options, **({} if args.task in TASKS else {"split": split}))
     if args.task not in TASKS and split == "all":
         print("note: every row of the file is graded; rows that the model may have been trained on are not left out, "
               "see --split held-out", file=sys.stderr)  # fmt: skip
-    policy = load(args.model, device)
+    policy = load(args.model, device, devices.weight_dtype(args.dtype, device))
     limit = args.max_new_tokens or (64 if policy.prompt_style == "compact" else 1024)
     problems = task.test(args.problems)
     if args.problems is not None and len(problems) < args.problems:
@@ -208,6 +212,7 @@ def _run(argv: Sequence[str] | None) -> None:
     _print(args, ks, result)
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k != "json"} | {"max_new_tokens": limit}
+        settings |= {f"task_{k}": v for k, v in (defaults | options).items()}
         path = Path(args.json)
         with explain_os_errors("write the evaluation", path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -263,6 +268,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         _run(argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -48,12 +48,15 @@ class StageTimer:
     {"time/rollout": s}.
 
     Stages do not nest: time belongs to one stage, so that shares add up to 1.   on_enter: told the name of each
-    stage.
+    stage.   on_exit: called when a stage is done, within its time: waits for what it queued on a GPU.
     """
 
-    def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, on_enter: Callable[[str], None] | None = None, on_exit: Callable[[], None] | None = None
+    ) -> None:
         self._seconds: dict[str, float] = {}
         self._on_enter = on_enter
+        self._on_exit = on_exit
         self._current: str | None = None
 
     @contextmanager
@@ -68,6 +71,8 @@ class StageTimer:
         start = time.perf_counter()
         try:
             yield
+            if self._on_exit is not None:
+                self._on_exit()
         finally:
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
             self._current = None

@@ -92,16 +92,29 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict) -> None:
+        """Goes on from `state`, after the model's weights were loaded. The precision may differ from when it was saved,
+        as it does between a CPU and a GPU: saved masters become fp32 weights, and loaded weights become masters where
+        none were saved. ValueError, with nothing changed, where the state is of another model."""
+        saved: list[torch.Tensor] = state["masters"]
+        own: list[torch.Tensor] = [p for _, p in self._masters()] or list(self.parameters if saved else ())
+        moments = state["adamw"]["state"]
+        ordered = [p for group in self.adamw.param_groups for p in group["params"]]
+        indices = [i for group in state["adamw"]["param_groups"] for i in group["params"]]
+        if (
+            (saved and [m.shape for m in saved] != [p.shape for p in own])
+            or len(indices) != len(ordered)
+            or any(
+                moments[i]["exp_avg"].shape != p.shape for i, p in zip(indices, ordered, strict=True) if i in moments
+            )
+        ):
+            raise ValueError(
+                f"Optimizer.load_state_dict: state must be of a model with these {len(ordered)} weights, got "
+                f"{len(indices)} weights and {len(saved)} masters, or other shapes; load the weights it was saved with"
+            )
         self.adamw.load_state_dict(state["adamw"])
         self.updates = state["updates"]
-        own = self._masters()
-        if len(own) != len(state["masters"]):
-            raise ValueError(
-                f"Optimizer.load_state_dict: expected {len(own)} master weights, got {len(state['masters'])}; the "
-                "state was saved with weights of another precision"
-            )
-        for (_, master), saved in zip(own, state["masters"], strict=True):
-            master.copy_(saved)
+        for parameter, master in zip(own, saved or [w for w, _ in self._masters()], strict=True):
+            parameter.copy_(master)
         self._round()
 
 

@@ -36,7 +36,7 @@ from pymathrl.eval import evaluate, sample_uids
 from pymathrl.log import RunLog, StageTimer
 from pymathrl.loss import WORKSPACE_BYTES, LossReport, minibatch_loss
 from pymathrl.metrics import completion_stats
-from pymathrl.models import Policy, load, save
+from pymathrl.models import ModelConfig, Policy, load, save
 from pymathrl.models.paged import Buffers, PagedCache
 from pymathrl.ops._call import WHY
 from pymathrl.ops.attention import PAGE, fused_attention
@@ -50,6 +50,9 @@ from pymathrl.tasks import Task, load_task
 from pymathrl.verify import Verdicts, verify
 
 EVAL_KS = (1, 8)
+# Of the trainer state in a checkpoint. 2: q and k rows in the checkpoint's own order, and master weights; the moments
+# of format 1, which bore no number, belong to rows in another order.
+STATE_FORMAT = 2
 MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
 
 
@@ -100,17 +103,19 @@ def train(run: Run) -> int:
     device = devices.resolve(config.device)
     threads = devices.set_threads(config.threads)
     task = load_task(config.task, **run.task_options)
+    if config.steps:
+        task.train(0, config.seed)  # a task with nothing to train on fails here: nothing was loaded or written yet
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
-    policy = load(str(checkpoint or config.model), device, weight_dtype(config.dtype, device))
+    policy = load(str(checkpoint or config.model), device, devices.weight_dtype(config.dtype, device))
     config = fit_context(config, policy)
     run = replace(run, train=config)
     if config.prompt_style != "auto":
         policy = replace(policy, prompt_style=config.prompt_style)
     policy.model.train()
+    memory = plan_memory(config, policy, device)  # before the optimizer makes masters, which are part of the plan
     optimizer = Optimizer(policy.model, config, config.steps * config.epochs * config.minibatches)
-    memory = plan_memory(config, policy, device)
     plan = describe(run, policy, device, threads, memory)
     if run.dry_run:
         print("\n".join(plan))
@@ -122,6 +127,11 @@ def train(run: Run) -> int:
         out = run.resume
         if checkpoint is not None:
             saved = load_state(checkpoint)
+            if saved.get("format") != STATE_FORMAT:
+                raise UserError(
+                    f"--resume {out}: saved by an earlier version of pymathrl; start a new run from its weights: "
+                    f"--model {checkpoint}"
+                )
             optimizer.load_state_dict(saved["optimizer"])
             state = State(**saved["state"])
         if state.step >= config.steps and (out / "summary.json").exists():
@@ -164,7 +174,7 @@ class Session:
     out: Path
 
     def __post_init__(self) -> None:
-        self.timer = StageTimer(on_enter=self.log.stage)
+        self.timer = StageTimer(self.log.stage, lambda: devices.synchronize(self.policy.device))
         self.spec = self.run.algo.loss(self.run.own)
         self.started = time.perf_counter() - self.state.wall_s
         self.saved_step = self.state.step if self.run.resume is not None else -1
@@ -195,6 +205,7 @@ class Session:
         with timer("prompt"):
             prompts = draw(policy, self.task, cursor=state.cursor, count=config.prompts_per_step, seed=config.seed,
                            max_tokens=config.max_prompt_tokens)  # fmt: skip
+        gap: dict[str, float] = {}
         with timer("rollout"):
             rollout = self.engine.generate(
                 prompts.ids, config.samples_per_prompt, config.max_new_tokens, temperature=config.temperature,
@@ -203,6 +214,7 @@ class Session:
             )  # fmt: skip
             if config.old_logp == "recompute":
                 logp, mean_logp, entropy = score(policy, rollout, config.temperature, config.tokens_per_microbatch)
+                gap = logp_gap(rollout, logp)  # after the exchange the update could only be compared with itself
                 rollout = replace(rollout, logp=logp, mean_logp=mean_logp, entropy=entropy)
         with timer("verify"):
             verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
@@ -218,6 +230,7 @@ class Session:
                 f"step {state.step + 1}: {bad} rewards are nan or infinite; no update, the weights stay as they were"
             )
             self.count_skips([False])
+        metrics |= gap
         state.cursor = prompts.cursor
         generated = int(rollout.response_lengths.sum())
         state.tokens += generated
@@ -289,7 +302,9 @@ class Session:
             )
         with self.timer("checkpoint"):
             self.state.wall_s = time.perf_counter() - self.started
-            content = {"optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy()}
+            content = {
+                "format": STATE_FORMAT, "optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy(),
+            }  # fmt: skip
             save_checkpoint(
                 self.out, self.state.step, lambda folder: save(self.policy, folder), content,
                 keep=self.run.train.keep_checkpoints,
@@ -346,13 +361,6 @@ def new_run_dir(run: Run) -> Path:
     return out
 
 
-def weight_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that --dtype asks for on this device."""
-    if name == "bf16" and device.type == "cpu":
-        raise UserError("--dtype bf16: weights on a CPU are fp32; leave it out, or use --device cuda")
-    return torch.float32 if name == "fp32" or device.type == "cpu" else torch.bfloat16
-
-
 @dataclass(frozen=True)
 class Memory:
     """What a run needs of the free memory, in bytes, besides its loaded weights: gradients, moments and master weights;
@@ -376,6 +384,18 @@ class Memory:
         )
 
 
+def kept_bytes(m: ModelConfig, size: int) -> int:
+    """Bytes per token that `Decoder.hidden` keeps until the backward pass; size: bytes of an activation.
+
+    Per layer: the residual stream and its norm at both norms, q, k and v as attention reads them, what it gives, gate
+    and up, their product; under q and k norms also q, k and v before them; in fp32 the scale of both norms and, per
+    head, attention's log-sum-exp.
+    """
+    qkv = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
+    kept = 4 * m.hidden_size + (1 + m.qk_norm) * qkv + m.num_heads * m.head_dim + 3 * m.intermediate_size
+    return m.num_layers * (kept * size + 4 * (2 + m.num_heads))
+
+
 def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
@@ -383,10 +403,9 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
     context = c.max_prompt_tokens + c.max_new_tokens
     rows = c.prompts_per_step * c.samples_per_prompt
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
-    heads = (2 * m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    kept = m.num_layers * (4 * m.hidden_size + heads + 3 * m.intermediate_size)  # per token, until the backward pass
-    kept += 4 * m.hidden_size + 4 * m.intermediate_size  # and what one layer's backward and the head hold beside it
-    activations = tokens * kept * size + WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
+    beside = 4 * m.hidden_size + 4 * m.intermediate_size  # per token, in one layer's backward pass and in the head
+    activations = tokens * (kept_bytes(m, size) + beside * size)
+    activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
     side = min(rows, c.rollout_rows)
     buffers = Buffers.nbytes(model, max(c.rollout_rows, PREFILL_ROWS))
     page, free = PagedCache.page_bytes(model), devices.free_bytes(device)
@@ -436,6 +455,12 @@ def rollout_metrics(rollout: Rollout, verdicts: Verdicts, group: int) -> dict[st
         "completions/max_length": int(lengths.max()),
         **completion_stats(lengths.tolist(), (rollout.stop == STOP_LENGTH).tolist()),
     }
+
+
+def logp_gap(rollout: Rollout, logp: torch.Tensor) -> dict[str, float]:
+    """How far the sampler's log-probs are from `logp` fp32 [T], over the sampled tokens: the nats |sampler - logp|."""
+    gap = (rollout.logp - logp)[rollout.sampled_mask].abs()
+    return {"logp_gap/mean": float(gap.mean()), "logp_gap/max": float(gap.max())}
 
 
 def update_metrics(losses: Sequence[LossReport], steps: Sequence[StepReport]) -> dict[str, Any]:

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from pymathrl import eval as eval_module
+from pymathrl.errors import UserError
 from pymathrl.eval import evaluate, main, sample_uids
 from pymathrl.rollout import Engine
 from pymathrl.tasks import Grade, load_task
@@ -58,10 +60,64 @@ def test_samples_do_not_depend_on_the_batch_or_repeat_the_training_draws():
     a = evaluate(Engine(policy), task, problems, **options)
     b = evaluate(Engine(policy, seed=5, max_batch=4), task, problems, **options)
     assert a.texts == b.texts, "nor on the engine's own seed"
+    assert (a.grades, a.stops, a.lengths, a.metrics, a.tokens) == (b.grades, b.stops, b.lengths, b.metrics, b.tokens)
+    # each problem by itself, as its own call
+    alone = [evaluate(Engine(policy), task, [p], **options).texts[0] for p in problems]
+    assert alone == a.texts
     prompts = [policy.tokenizer.encode(task.prompt(p, "compact")) for p in problems]
     training = Engine(policy).generate(prompts, 3, 10, uids=sample_uids(problems, 3))
     drawn = [policy.tokenizer.decode(training.response(r).tolist()) for r in range(15)]
     assert drawn != [t for row in a.texts for t in row]
+
+
+def test_rows_stay_busy_and_progress_is_in_problems(monkeypatch):
+    """One call for all prompts: a row that ends early is filled from any of them."""
+    policy, task, calls, seen = tiny_policy(), load_task("countdown"), [], []
+    real = Engine.generate
+    monkeypatch.setattr(Engine, "generate", lambda *a, **k: calls.append(len(a[1])) or real(*a, **k))
+    options = dict(samples=3, ks=(1,), max_new_tokens=10, max_prompt_tokens=64)
+    result = evaluate(Engine(policy, max_batch=4), task, task.test(5), on_progress=lambda *x: seen.append(x), **options)
+    assert calls == [5] and len(result.grades) == 5
+    assert all(total == 5 for _, total in seen) and seen == sorted(seen) and seen[-1] == (5, 5)
+    assert seen.count((5, 5)) == 1, "the line that it prints is ended once"
+
+
+def test_no_problem_has_a_message_of_its_own():
+    policy, task = tiny_policy(), load_task("countdown")
+    with pytest.raises(UserError, match="no problem to evaluate: the task countdown holds out none"):
+        evaluate(Engine(policy), task, [], samples=1, ks=(1,), max_new_tokens=4, max_prompt_tokens=64)
+    with pytest.raises(UserError, match="all 2 prompts of the task countdown exceed 1 tokens"):
+        evaluate(Engine(policy), task, task.test(2), samples=1, ks=(1,), max_new_tokens=4, max_prompt_tokens=1)
+
+
+def test_options_of_the_task_reach_it(tmp_path, capsys, monkeypatch):
+    model, file, out = save_tiny(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "eval.json"
+    file.write_text("".join(json.dumps({"question": f"{i} + 0?", "answer": str(i)}) + "\n" for i in range(3)))
+    argv = ["--model", str(model), "--n", "2", "--k", "1", "--max-new-tokens", "4", "--device", "cpu"]
+    seen = []
+    real = eval_module.load_task
+    monkeypatch.setattr(eval_module, "load_task", lambda *a, **k: seen.append(k) or real(*a, **k))
+    assert main([*argv, "--task", str(file), "--task-answer", "last", "--json", str(out), "--dtype", "fp32"]) == 0
+    assert main([*argv, "--problems", "2", "--task-nmax", "3"]) == 0
+    assert seen == [{"answer": "last", "split": "all"}, {"nmax": 3}]
+    settings = json.loads(out.read_text())["settings"]
+    assert (settings["task_answer"], settings["task_format_score"], settings["dtype"]) == ("last", 0.0, "fp32")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["--task", str(file), "--help"])
+    text = capsys.readouterr().out
+    assert "--task-answer" in text and "--task-nmax" not in text and "--task-split" not in text
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("too much\nof it"), OSError(5, "Input/output error")])
+def test_what_the_machine_refuses_is_one_sentence(error, tmp_path, capsys, monkeypatch):
+    def refuse(*args, **options):
+        raise error
+
+    monkeypatch.setattr(eval_module, "load", refuse)
+    assert main(["--model", str(tmp_path), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {type(error).__name__}: ") and err.count("\n") == 1
 
 
 def test_long_prompts_are_left_out_and_counted(capsys):
@@ -87,6 +143,10 @@ def test_long_prompts_are_left_out_and_counted(capsys):
         (["--model", "MODEL", "--nn", "4"], ["--nn"]),
         (["--model", "MODEL", "--temperature", "inf"], ["--temperature"]),
         (["--model", "MODEL", "--split", "all"], ["--split", "countdown"]),
+        (["--model", "MODEL", "--task-nmax", "many"], ["nmax", "'many'"]),
+        (["--model", "MODEL", "--task-answer", "last"], ["--task-answer"]),
+        (["--model", "MODEL", "--device", "cpu", "--dtype", "bf16"], ["--dtype bf16", "CPU"]),
+        (["--model", "MODEL", "--dtype", "fp8"], ["--dtype", "fp8"]),
         (["--model", "MODEL", "--n", "70000", "--k", "1"], ["65536"]),
     ],
 )

@@ -284,6 +284,21 @@ def test_stage_timer(monkeypatch):
     assert timer.pop() == {} and entered == ["rollout", "loss", "rollout"]
 
 
+def test_a_stage_waits_for_what_it_queued_within_its_own_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def queued_work():
+        now[0] += 4.0
+
+    timer = StageTimer(on_exit=queued_work)
+    with timer("loss"):
+        now[0] += 1.0
+    with timer("optim"):
+        pass
+    assert timer.pop() == {"time/loss": 5.0, "time/optim": 4.0}
+
+
 def test_stage_timer_refuses_other_names_and_nesting():
     timer = StageTimer()
     with (

@@ -64,9 +64,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad):
     filled(model)
     assert not optimizer.step(finite_loss=False).applied
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert all(
-        torch.equal(a, v["exp_avg"]) for a, v in zip(moments, optimizer.adamw.state.values(), strict=True)
-    )
+    assert all(torch.equal(a, v["exp_avg"]) for a, v in zip(moments, optimizer.adamw.state.values(), strict=True))
     assert all(p.grad is None for p in model.parameters()), "the bad gradient must not reach the next step"
     filled(model)
     assert optimizer.step().applied
@@ -142,5 +140,57 @@ def test_masters_travel_with_the_state():
         assert torch.equal(a, b)
     for a, b in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="master weights, got"):
-        Optimizer(tiny_policy().model, config, 10).load_state_dict(optimizer.state_dict())
+
+
+def full_precision_model(seed=0):
+    """A model in fp32 with weights that bf16 holds: what a bf16 checkpoint becomes on a CPU."""
+    model = tiny_policy(seed).model
+    for p in model.parameters():
+        p.data = p.data.bfloat16().float()
+    return model
+
+
+def stepped(model, config):
+    optimizer = Optimizer(model, config, 10)
+    for p in model.parameters():
+        p.backward(torch.ones_like(p))
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("masters_first", [True, False])
+def test_a_state_goes_on_in_the_other_precision(masters_first):
+    """From a GPU to a CPU the masters become the weights; the other way the loaded weights become the masters."""
+    config = dataclasses.replace(TrainConfig(), lr=1e-4)
+    models = low_precision_model(), full_precision_model()
+    saved, model = models if masters_first else models[::-1]
+    optimizer = stepped(saved, config)
+    with torch.no_grad():  # as train does: the checkpoint's weights first
+        for p, q in zip(model.parameters(), saved.parameters(), strict=True):
+            p.copy_(q)
+    other = Optimizer(model, config, 10)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.updates == 1
+    for now, before, weight in zip(other.parameters, optimizer.parameters, model.parameters(), strict=True):
+        assert now.dtype == torch.float32
+        # fp32 weights were rounded to bf16 when they were loaded: that is what the new masters go on from
+        assert torch.equal(now, before if masters_first else before.bfloat16().float())
+        assert torch.equal(weight, now.to(weight.dtype))
+        ours, theirs = other.adamw.state[now], optimizer.adamw.state[before]
+        assert all(torch.equal(ours[k], theirs[k]) for k in ("exp_avg", "exp_avg_sq", "step"))
+    for p in model.parameters():
+        p.backward(torch.ones_like(p))
+    assert other.step().applied
+
+
+@pytest.mark.parametrize("make", [low_precision_model, full_precision_model])
+@pytest.mark.parametrize("other", [dict(width=64), dict(layers=1), dict(tie=True)])
+def test_a_state_of_another_model_changes_nothing(make, other):
+    model = tiny_policy(**other).model
+    state = stepped(model if make is full_precision_model else model.bfloat16(), TrainConfig()).state_dict()
+    optimizer = stepped(make(), TrainConfig())
+    before = [p.detach().clone() for p in (*optimizer.weights, *optimizer.parameters)]
+    with pytest.raises(ValueError, match="state must be of a model with these"):
+        optimizer.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(before, (*optimizer.weights, *optimizer.parameters), strict=True))
+    assert optimizer.updates == 1 and all(float(v["step"]) == 1 for v in optimizer.adamw.state.values())

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,10 +16,14 @@ import torch
 from safetensors.torch import load_file
 
 from pymathrl import train as train_module
+from pymathrl.algos import rover
 from pymathrl.checkpoint import hash_parameters
+from pymathrl.config import TrainConfig
+from pymathrl.loss import WORKSPACE_BYTES
+from pymathrl.models import Decoder, ModelConfig
 from pymathrl.tasks import Grade
-from pymathrl.train import main
-from tests.tiny import SMALL_RUN, read_metrics, save_tiny
+from pymathrl.train import kept_bytes, main, plan_memory
+from tests.tiny import SMALL_RUN, read_metrics, save_tiny, tiny_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 # on the built-in model, which earns rewards
@@ -174,11 +179,37 @@ def test_resume_refuses_other_options_and_says_when_done(tmp_path, capsys):
     assert "started with 'rover'" in capsys.readouterr().err
     # the same values in another spelling
     assert main(["--resume", str(out), "--lr", "0.001", "--temperature", "1"]) == 0
+    # a run from before an option was there has the option's default
+    lines = (out / "config.toml").read_text().splitlines(keepends=True)
+    (out / "config.toml").write_text("".join(x for x in lines if not x.startswith(("top_p", "rho"))))
+    assert main(["--resume", str(out), "--top-p", "0.5"]) == 2
+    assert "--top-p cannot change when a run is resumed: it was 1.0" in capsys.readouterr().err
+    assert main(["--resume", str(out), "--top-p", "1", "--rho", str(rover.Config().rho)]) == 0
     capsys.readouterr()
     weights = out / "checkpoints" / "step-1" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-5])
     assert main(["--resume", str(out), "--steps", "2"]) == 2
     assert "all checkpoints there are damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_resume_refuses_the_state_of_an_earlier_version(number, tmp_path, monkeypatch, capsys):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real = train_module.save_checkpoint
+
+    def earlier(run_dir, step, write, state, **options):
+        state = {k: v for k, v in state.items() if k != "format"} | ({} if number is None else {"format": number})
+        return real(run_dir, step, write, state, **options)
+
+    monkeypatch.setattr(train_module, "save_checkpoint", earlier)
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    assert main(["--resume", str(out), "--steps", "2"]) == 2
+    err = capsys.readouterr().err
+    checkpoint = out / "checkpoints" / "step-1"
+    assert f"saved by an earlier version of pymathrl; start a new run from its weights: --model {checkpoint}" in err
+    assert err.count("\n") == 1 and {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
 def test_resume_before_the_first_checkpoint_and_after_the_last(tmp_path, capsys, monkeypatch):
@@ -214,6 +245,70 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
     assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 2
     assert "nan or infinity" in capsys.readouterr().err
     assert not list((out / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("layers", [2, 8])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_planned_activations_are_those_that_autograd_keeps(kind, layers):
+    config = ModelConfig(
+        vocab_size=32, hidden_size=64, intermediate_size=160, num_layers=layers, num_heads=4, num_kv_heads=2,
+        head_dim=32, max_positions=256, model_type=kind, qk_norm=kind == "qwen3",
+    )  # fmt: skip
+    model, tokens = Decoder(config), 200
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()} | {model.rope(256).data_ptr()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.untyped_storage().data_ptr() not in parameters:
+            kept[t.untyped_storage().data_ptr()] = t  # alive, so that no other tensor gets its address
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        hidden = model.hidden(torch.arange(tokens) % 32, torch.tensor([0, 120, tokens]))
+    counted = sum(t.untyped_storage().nbytes() for t in kept.values())
+    # besides the layers: the input of the last norm with its scale, ids, positions and offsets
+    assert counted == tokens * (kept_bytes(config, 4) + 4 * config.hidden_size + 4 + 8 + 8) + 3 * 8
+    policy = replace(tiny_policy(), model=model, config=config)
+    options = replace(
+        TrainConfig(), tokens_per_microbatch=tokens, max_prompt_tokens=100, max_new_tokens=100, minibatches=1
+    )
+    memory = plan_memory(options, policy, torch.device("cpu"))
+    planned = memory.activations - WORKSPACE_BYTES["cpu"] - 4 * 32 * config.hidden_size
+    assert counted <= planned
+    assert layers == 2 or planned <= 1.25 * counted, "one layer's share besides is a large part of two layers"
+    hidden.sum().backward()
+
+
+def test_the_plan_counts_master_weights_once(tmp_path, monkeypatch):
+    """The free memory of the plan is read while there are no masters yet."""
+    model, seen = save_tiny(tmp_path / "model"), []
+    real_plan, real_optimizer = train_module.plan_memory, train_module.Optimizer
+    monkeypatch.setattr(train_module, "plan_memory", lambda *a: seen.append("plan") or real_plan(*a))
+    monkeypatch.setattr(train_module, "Optimizer", lambda *a: seen.append("optimizer") or real_optimizer(*a))
+    assert main(["--algo", "rover", "--model", str(model), "--dry-run", *SMALL_RUN]) == 0
+    assert seen == ["plan", "optimizer"]
+
+
+def test_recomputed_log_probs_show_the_gap_to_the_sampler(tmp_path, monkeypatch):
+    """The update then starts from the second pass, so its own gap is 0; logged is what the exchange replaced."""
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    real = train_module.score
+
+    def shifted(policy, rollout, *args):
+        logp, mean_logp, entropy = real(policy, rollout, *args)
+        logp = logp + 0.25 * rollout.sampled_mask
+        logp[rollout.sampled_mask.nonzero()[0]] += 0.5
+        return logp, mean_logp, entropy
+
+    argv = ["--algo", "grpo", "--model", str(model), "--steps", "1", "--old-logp", "recompute"]
+    assert main([*argv, "--out", str(tmp_path / "exact"), *SMALL_RUN]) == 0
+    first = next(m for m in read_metrics(tmp_path / "exact") if "loss" in m)
+    assert first["logp_gap/max"] == first["logp_gap/mean"] == 0.0
+    monkeypatch.setattr(train_module, "score", shifted)
+    assert main([*argv, "--out", str(out), *SMALL_RUN]) == 0
+    step = next(m for m in read_metrics(out) if "loss" in m)
+    assert step["logp_gap/max"] == pytest.approx(0.75, abs=1e-5)
+    assert 0.25 < step["logp_gap/mean"] < 0.75
 
 
 def test_prompts_and_responses_share_the_positions_of_the_model(tmp_path, capsys):
@@ -276,6 +371,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatc
     text = capsys.readouterr().out
     for word in ("grpo", "parameters", "memory", "tokens at most", "KV cache"):
         assert word in text
+    device = next(line for line in text.splitlines() if line.startswith("device"))
+    assert "threads of" in device and "/" not in device, "the name of the OpenMP library, not where it lies"
     assert not (tmp_path / "runs").exists()
 
 
@@ -296,6 +393,16 @@ def test_broken_problem_file_names_line_and_field(lines, words, tmp_path, capsys
     assert "problems.jsonl" in err and err.count("\n") == 1
     for word in words:
         assert word in err.replace("no rows", "empty").replace("no problem", "empty"), err
+
+
+@pytest.mark.parametrize("row", ['{"nums": [1, 2, 3], "target": 6}', '{"question": "1 + 1?", "answer": "2"}'])
+def test_a_file_that_is_all_for_evaluation_is_refused_before_the_run_folder(row, tmp_path, capsys):
+    model, file, out = save_tiny(tmp_path / "model"), tmp_path / "rows.jsonl", tmp_path / "run"
+    file.write_text((row + "\n") * 3)
+    argv = ["--algo", "rover", "--model", str(model), "--task", str(file), "--task-split", "all", "--out", str(out)]
+    assert main([*argv, *SMALL_RUN]) == 2
+    err = capsys.readouterr().err
+    assert "rows.jsonl: no row is left to train on" in err and err.count("\n") == 1 and not out.exists()
 
 
 def test_output_folder_that_cannot_be_written(tmp_path, capsys):

@@ -24,6 +24,7 @@ from pymathrl.errors import UserError, nearest
 from pymathrl.models.config import ModelConfig, TensorSpec, tensor_specs, token_ids
 from pymathrl.models.decoder import Decoder
 from pymathrl.models.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer
+from pymathrl.ops._call import use_reference
 
 BUILTIN = {"builtin:tiny": "tiny"}  # model name -> folder of pymathrl/assets
 STYLES = ("compact", "plain", "chat")
@@ -74,12 +75,17 @@ def new_policy(config: ModelConfig, tokenizer: Tokenizer, prompt_style: str = "c
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Policy:
     """path: a folder, "builtin:tiny", or a model's name on the Hugging Face hub (org/name).
 
-    dtype of the weights: fp32 on a CPU and bf16 on a GPU where not given.
+    dtype of the weights: fp32 on a CPU and bf16 on a GPU where not given; on a CPU the kernels take no other.
     """
-    folder = _resolve(str(path))
     device = torch.device(device)
     if dtype is None:
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cpu" and dtype != torch.float32 and not use_reference():
+        raise UserError(
+            f"load: dtype must be torch.float32 on a CPU, got {dtype}: the kernels there are fp32; leave it out, or "
+            "set PYMATHRL_IMPL=ref to run the torch references"
+        )
+    folder = _resolve(str(path))
     config = ModelConfig.from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
     generation = _read_json(folder / "generation_config.json", required=False)
     tokenizer = _load_tokenizer(folder, config, generation)

@@ -46,7 +46,7 @@ def _resolve() -> tuple[str, str]:
     if wanted == "ref":
         return "ref", "PYMATHRL_IMPL=ref"
     cuda = "built with CUDA" if _C.has_cuda else "built without CUDA"
-    return "kernel", f"_C {cuda}, threads of {_C.parallel_runtime()}"
+    return "kernel", f"_C {cuda}, threads of {os.path.basename(_C.parallel_runtime())}"
 
 
 IMPL, WHY = _resolve()

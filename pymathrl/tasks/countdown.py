@@ -32,7 +32,7 @@ from pymathrl.tasks.expression import (
     parse,
     render,
 )
-from pymathrl.tasks.holdout import TEST_SEED, is_held_out, key_hash
+from pymathrl.tasks.holdout import TEST_SEED, held_out_keys, is_held_out
 from pymathrl.tasks.jsonl import fail, read_objects
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
@@ -166,7 +166,7 @@ class FileRows:
 
 
 def read_rows(path: str | Path, split: str) -> FileRows:
-    """split "hash": `is_held_out` decides (about 1/8 of the problems; if that is none, the one of the smallest hash).
+    """split "hash": `held_out_keys` decides (about 1/8 of the problems, at least one).
     split "all": every row is a test row, in the order of the file, and there is nothing to train on."""
     if split not in ("hash", "all"):
         raise UserError(f"countdown: split must be 'hash' or 'all', got {split!r}")
@@ -179,8 +179,7 @@ def read_rows(path: str | Path, split: str) -> FileRows:
         rows.append(Row(name or f"{Path(path).name}:{line}", nums, target))
     if split == "all":
         return FileRows(str(path), (), tuple(rows))
-    keys = {problem_key(row.nums, row.target) for row in rows}
-    held_out = {key for key in keys if is_held_out(key)} or {min(keys, key=key_hash)}
+    held_out = held_out_keys(problem_key(row.nums, row.target) for row in rows)
     sides: tuple[list[Row], list[Row]] = ([], [])
     for row in rows:
         sides[problem_key(row.nums, row.target) in held_out].append(row)

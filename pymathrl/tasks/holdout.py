@@ -7,6 +7,7 @@ read with split="all": then every row is for evaluation, whether a model was tra
 """
 
 import hashlib
+from collections.abc import Iterable
 
 HELD_OUT_SHARE = 1 / 8
 TEST_SEED = 2_718_281_828  # of every generated test stream; independent of the seed of a run
@@ -20,3 +21,10 @@ def key_hash(key: str) -> int:
 def is_held_out(key: str) -> bool:
     """True for the share `HELD_OUT_SHARE` of all keys.  `key`: the identity of the problem, with its task's name."""
     return key_hash(key) < HELD_OUT_SHARE * 2**64
+
+
+def held_out_keys(keys: Iterable[str]) -> set[str]:
+    """Those of a file's keys, at least one, that are held out; if that is none, as in a small file, the one of the
+    smallest hash."""
+    keys = set(keys)
+    return {key for key in keys if is_held_out(key)} or {min(keys, key=key_hash)}

@@ -12,7 +12,8 @@ _MINUS = "-−–"  # noqa: RUF001 - the characters that are read as a sign
 def last_number(text: str) -> tuple[str, Fraction] | None:
     """(as written, value) of the last number in a text, as in "-1,234.50"; None where there is none, or one too long.
 
-    A minus is its sign where no operand stands before it: "=-3" is -3, "5-3" ends in 3. Linear in the text's length.
+    Fractions and exponents are not read: "3/4" ends in 4, "2e5" in 5. A minus is its sign where no operand stands
+    before it: "=-3" is -3, "5-3" ends in 3. Linear in the text's length.
     """
     found = None
     for found in _NUMBER.finditer(text):  # noqa: B007 - the last one counts

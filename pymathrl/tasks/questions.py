@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
-from pymathrl.tasks.holdout import is_held_out
+from pymathrl.tasks.holdout import held_out_keys
 from pymathrl.tasks.jsonl import fail, read_objects
 from pymathrl.tasks.last_number import last_number, read_number
 from pymathrl.tasks.problem import Grade, Problem
@@ -22,15 +22,15 @@ MARK = "####"  # of GSM8K, before the final answer
 
 def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0, split: str = "hash") -> "Questions":
     """The task of a file. answer "tag" reads <answer>...</answer>, "last" the last number of the response.
-    format_score: reward of a wrong number. split "hash": an eighth of the rows is held out; "all": all are for test."""
+    format_score: reward of a wrong number. split "hash": an eighth of the questions is held out, at least one;
+    "all": all are for test."""
     if answer not in ANSWERS or split not in ("hash", "all"):
         raise UserError(
             f"{path}: expected answer in {', '.join(ANSWERS)} and split in hash, all, got {answer!r} and {split!r}"
         )
     if not 0 <= format_score < 1:
         raise UserError(f"{path}: format_score must be in [0, 1), got {format_score}")
-    train: list[tuple[str, str, Fraction]] = []
-    test: list[tuple[str, str, Fraction]] = []
+    rows: list[tuple[str, str, Fraction]] = []
     for line, row in read_objects(path):
         for name in ("question", "answer"):
             if not isinstance(row.get(name), str) or not row[name].strip():
@@ -39,9 +39,14 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
         value = read_number(gold)
         if value is None:
             fail(path, line, row, "answer", f"a number, alone or after '{MARK}'")
-        held_out = split == "all" or is_held_out("question:" + row["question"])
-        (test if held_out else train).append((row["question"], gold, value))
-    return Questions(str(path), tuple(train), tuple(test), answer, format_score)
+        rows.append((row["question"], gold, value))
+    if split == "all":
+        return Questions(str(path), (), tuple(rows), answer, format_score)
+    keys = ["question:" + question for question, _, _ in rows]
+    held_out = held_out_keys(keys)
+    train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
+    test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
+    return Questions(str(path), train, test, answer, format_score)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class Questions:
 
     def train(self, index: int, seed: int) -> Problem:
         if not self.rows:
-            raise UserError(f"{self.name}: no row to train on; all of them are held out")
+            raise UserError(f"{self.name}: no row is left to train on; use split='hash' and two or more questions")
         epoch, at = divmod(index, len(self.rows))
         if (seed, epoch) not in self._orders:
             order = list(range(len(self.rows)))

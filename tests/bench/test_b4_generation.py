@@ -100,7 +100,7 @@ def test_nano_vllm_is_asked_for_every_token(bench, tmp_path, monkeypatch, short)
 
     def save(policy, folder):
         importlib.import_module("pymathrl.models").save(policy, folder)
-        saved.append(load(folder, dtype=torch.bfloat16).model.embed.clone())
+        saved.append(load(folder).model.embed.bfloat16())
 
     monkeypatch.setattr(bench, "save", save)
     if short:

@@ -168,9 +168,12 @@ def test_positions_that_a_file_stores_are_left_aside(tmp_path: Path) -> None:
     load(tmp_path)
 
 
-def test_dtypes(tmp_path: Path) -> None:
+def test_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = make()
     save(policy, tmp_path / "a")
+    with pytest.raises(UserError, match=r"dtype must be torch.float32 on a CPU, got torch.bfloat16.*PYMATHRL_IMPL=ref"):
+        load(tmp_path / "a", dtype=torch.bfloat16)
+    monkeypatch.setattr("pymathrl.ops._call.IMPL", "ref")
     low = load(tmp_path / "a", dtype=torch.bfloat16)
     assert low.model.dtype == torch.bfloat16
     save(low, tmp_path / "b")

@@ -20,6 +20,8 @@ from pymathrl.tasks.last_number import last_number, read_number
         ("12,34", "34", Fraction(34)),
         ("−7", "-7", Fraction(-7)),  # noqa: RUF001
         ("1.5", "1.5", Fraction(3, 2)),
+        ("3/4", "4", Fraction(4)),
+        ("2e5", "5", Fraction(5)),
         ("12,345,678 eggs", "12,345,678", Fraction(12345678)),
     ],
 )

@@ -7,6 +7,7 @@ import pytest
 
 from pymathrl.errors import UserError
 from pymathrl.tasks import load_task, task_options
+from pymathrl.tasks.holdout import is_held_out
 
 
 def write(path: Path, rows: list) -> Path:
@@ -32,8 +33,21 @@ def test_rows_are_split_by_hash_and_shuffled_by_seed_and_epoch(file):
     assert task.train(3, 0) == load_task(file).train(3, 0)
     everything = load_task(file, split="all")
     assert len(everything.test()) == 2000
-    with pytest.raises(UserError, match="no row to train on"):
+    with pytest.raises(UserError, match="no row is left to train on"):
         everything.train(0, 0)
+
+
+def test_a_small_file_holds_out_one_question(tmp_path):
+    rows = [{"question": q, "answer": "1"} for q in ("Two?", "One?", "Two?")]
+    assert not any(is_held_out("question:" + row["question"]) for row in rows), "a case for the fallback"
+    task = load_task(write(tmp_path / "small.jsonl", rows))
+    held_out = {p.question for p in task.test()}
+    assert len(held_out) == 1 and not held_out & {task.train(i, 0).question for i in range(4)}
+    assert task.test() == load_task(write(tmp_path / "small.jsonl", rows[::-1])).test()
+    single = load_task(write(tmp_path / "single.jsonl", rows[:1]))
+    assert len(single.test()) == 1
+    with pytest.raises(UserError, match="no row is left to train on; use split='hash' and two or more questions"):
+        single.train(0, 0)
 
 
 @pytest.mark.parametrize(
