@@ -51,6 +51,7 @@ from pymathrl.rollout.pages import PageTable, pages_for
 from pymathrl.rollout.supports import Supports
 
 CHECK_EVERY = {"cpu": 4, "cuda": 8}  # draws between two looks for ends: a sequence runs on for half as many on average
+CHECK_LONGEST = 16  # while no sequence ends the looks grow rarer, up to this: one costs like 4 draws of a tiny model
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # of CUDA graphs
 PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds its buffers
 TAIL_TOKENS = 24  # decoded in front of what can hold a stop string when one is looked for
@@ -425,10 +426,12 @@ class Engine:
         waiting = deque((slots if order is None else slots[order]).tolist())
         active = torch.zeros(0, dtype=torch.int64)
         finished = drawn_tokens = 0
-        every = 1 if hook is not None else CHECK_EVERY[self.device.type]
+        least = every = 1 if hook is not None else CHECK_EVERY[self.device.type]
         while waiting or active.numel():
             active = self._admit(active, waiting, root_of)
             k = min(every, int((end_of[active] - self._length[active]).min()))
+            if int(self._pages.need(active, self._length[active] + k - 1).sum()) > self._pages.free:
+                k = 1  # nobody is preempted or refused for tokens that may never come
             fit = self._make_room(active, k - 1)
             waiting.extendleft(reversed(active[fit:].tolist()))
             active = active[:fit]
@@ -444,6 +447,8 @@ class Engine:
                 if not keep_pages:
                     self._pages.truncate(done, torch.zeros_like(done))
                 active = active[~over]
+            if hook is None:
+                every = max(least, every // 2) if done.numel() else min(2 * every, max(least, CHECK_LONGEST))
             finished += done.numel()
             drawn_tokens += int(steps.sum())
             if on_progress is not None:
@@ -641,9 +646,11 @@ class Engine:
         theirs back for them: first sequences that are not asked for, then the last of those that are."""
         slots = slots[: self.max_batch]
         end = self._length[slots] + ahead
-        self._open(pages=self.pages_in_use + int(self._pages.need(slots, end).sum()), tokens=int(end.max()) + 1)
-        while (need := int(self._pages.need(slots, end).sum())) > self._pages.free:
+        need = int(self._pages.need(slots, end).sum())
+        self._open(pages=self.pages_in_use + need, tokens=int(end.max()) + 1)
+        while need > self._pages.free:
             if self._evict(need, keep=slots):
+                need = int(self._pages.need(slots, end).sum())  # a page that was shared may be its own now
                 continue
             if slots.numel() == 1:
                 raise UserError(
@@ -653,6 +660,7 @@ class Engine:
             self.preemptions += int(self._pages.held[slots[-1]] > 0)
             self._drop_pages(slots[-1:])
             slots, end = slots[:-1], end[:-1]
+            need = int(self._pages.need(slots, end).sum())
         return slots.numel()
 
     def _evict(self, pages: int, keep: Tensor) -> bool:
