@@ -375,6 +375,13 @@ def keep_support(logits: Tensor, support: tuple[Tensor, Tensor], begin: int = 0)
     logits[at] = kept
 
 
+def enumerate_ragged(count: Tensor) -> tuple[Tensor, Tensor]:
+    """count int64 [n] -> (owner, within), both int64 [sum(count)]: 0,0,..,1,.. and 0,1,..,0,..: the elements of n lists
+    of these lengths, one list after the other."""
+    owner = torch.repeat_interleave(torch.arange(count.numel(), device=count.device), count)
+    return owner, torch.arange(owner.numel(), device=count.device) - (count.cumsum(0) - count)[owner]
+
+
 def _row_index(rows: Tensor | Sequence[int], device: torch.device) -> Tensor:
     return torch.as_tensor(rows, dtype=torch.int64, device=device)
 

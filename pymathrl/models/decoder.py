@@ -141,8 +141,7 @@ class Decoder(nn.Module):
                     f"a sequence of {positions} tokens is longer than the model's {limit} positions; shorten the "
                     "prompts or the responses"
                 )
-            with torch.inference_mode(False):
-                self._rope = rope_table(self.config, min(limit, max(256, 2 * positions)), self.device)
+            self._rope = rope_table(self.config, min(limit, max(256, 2 * positions)), self.device)
         return self._rope
 
     def hidden(self, ids: Tensor, offsets: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ they lie, so a recording survives the optimizer's steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -36,6 +37,14 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        in_range = 0.0 <= self.temperature < math.inf and 0.0 < self.top_p <= 1.0 and 0.0 <= self.min_p <= 1.0
+        if not in_range or self.top_k < 0:
+            raise ValueError(
+                "Sampling: expected temperature >= 0, top_k >= 0, top_p in (0, 1] and min_p in [0, 1], got "
+                f"{self.temperature}, {self.top_k}, {self.top_p} and {self.min_p}"
+            )
 
     @property
     def truncates(self) -> bool:

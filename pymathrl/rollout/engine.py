@@ -18,7 +18,6 @@ sequence says does not depend on what runs beside it, on the batch limit, or on 
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -41,12 +40,13 @@ from pymathrl.batch import (
     STOP_NONE,
     STOP_STRING,
     Rollout,
+    enumerate_ragged,
 )
 from pymathrl.errors import UserError
 from pymathrl.models.load import Policy
 from pymathrl.models.paged import Buffers, PagedCache, Pass, Sampling, Until
 from pymathrl.ops.attention import PAGE
-from pymathrl.ops.sample_token import sample_token
+from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.rollout.pages import PageTable, pages_for
 from pymathrl.rollout.supports import Supports
 
@@ -228,7 +228,7 @@ class Engine:
             raise ValueError(f"generate: uids must have shape [{len(prompts) * n}] (P*n), got {list(uid.shape)}")
         for prompt, most in zip(prompts, limits, strict=True):
             self._check_length(len(prompt), most)
-        sampling = self._sampling(temperature, top_k, top_p, min_p)
+        sampling = Sampling(temperature, top_k, top_p, min_p)
         lengths = torch.tensor([len(p) for p in prompts])
         taken = [self._new(prompts, torch.zeros(len(prompts), dtype=torch.int64))]
         try:
@@ -305,7 +305,7 @@ class Engine:
         """
         slots = self._check(seqs)
         self._check_length(int(self._length[slots].max()), 1)
-        sampling = self._sampling(temperature, top_k, top_p, min_p)
+        sampling = Sampling(temperature, top_k, top_p, min_p)
         parts = []
         for part in self._waves(slots):
             drawn, supports = self._draw(part, 1, sampling, self.seed, hook)
@@ -352,7 +352,7 @@ class Engine:
         )  # fmt: skip
         self._stop[slots] = STOP_NONE
         self._run(
-            slots, self._length[slots] + max_new_tokens, ends, self._sampling(temperature, top_k, top_p, min_p),
+            slots, self._length[slots] + max_new_tokens, ends, Sampling(temperature, top_k, top_p, min_p),
             self.seed, keep_pages=True, hook=hook,
         )  # fmt: skip
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
@@ -445,7 +445,7 @@ class Engine:
                 if not ends.keep:
                     self._take_back(done, ends)
                 if not keep_pages:
-                    self._pages.truncate(done, torch.zeros_like(done))
+                    self._drop_pages(done)
                 active = active[~over]
             if hook is None:
                 every = max(least, every // 2) if done.numel() else min(2 * every, max(least, CHECK_LONGEST))
@@ -564,7 +564,7 @@ class Engine:
             logits = changed.float().contiguous()
         support = None
         if sampling.truncates:
-            support = torch.empty(logits.shape[0], (logits.shape[1] + 7) // 8, dtype=torch.uint8, device=self.device)
+            support = torch.empty(len(logits), support_bytes(logits.shape[1]), dtype=torch.uint8, device=self.device)
         uid, draw = self._uid[slots].to(self.device), (self._length - self._prompt)[slots].to(self.device)
         out = sample_token(
             logits, seed, uid, draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
@@ -589,8 +589,8 @@ class Engine:
         if not bool((missing > 0).any()):
             return
         missing.clamp_(min=0)
-        slot = torch.repeat_interleave(slots, missing)
-        within = torch.arange(slot.numel()) - torch.repeat_interleave(missing.cumsum(0) - missing, missing)
+        owner, within = enumerate_ragged(missing)
+        slot = slots[owner]
         position = pages.fed[slot] + within
         for start in range(0, slot.numel(), PREFILL_ROWS):
             part = slice(start, start + PREFILL_ROWS)
@@ -723,9 +723,8 @@ class Engine:
         lengths = torch.tensor([len(p) for p in prompts], dtype=torch.int64)
         ids = self._as_ids([i for p in prompts for i in p])
         slots = self._take_slots(len(prompts), int(lengths.max()) if len(prompts) else 0)
-        row = torch.repeat_interleave(slots, lengths)
-        column = torch.arange(row.numel()) - torch.repeat_interleave(lengths.cumsum(0) - lengths, lengths)
-        at = row.to(self.device), column.to(self.device)
+        owner, column = enumerate_ragged(lengths)
+        at = slots[owner].to(self.device), column.to(self.device)
         self._store.ids[at] = ids
         self._store.role[at] = ROLE_PROMPT
         self._length[slots] = self._prompt[slots] = lengths
@@ -792,9 +791,8 @@ class Engine:
         lengths = self._length[slots]
         offsets = torch.zeros(slots.numel() + 1, dtype=torch.int64)
         offsets[1:] = lengths.cumsum(0)
-        row = torch.repeat_interleave(slots, lengths)
-        column = torch.arange(row.numel()) - torch.repeat_interleave(offsets[:-1], lengths)
-        at = row.to(self.device), column.to(self.device)
+        owner, column = enumerate_ragged(lengths)
+        at = slots[owner].to(self.device), column.to(self.device)
         store = self._store
         role = store.role[at]
         numbers = {
@@ -843,15 +841,6 @@ class Engine:
         if len(uids) != count:
             raise ValueError(f"Engine: uids must have {count} elements, one per sequence, got {len(uids)}")
         return torch.tensor(list(uids), dtype=torch.int64)
-
-    @staticmethod
-    def _sampling(temperature: float, top_k: int, top_p: float, min_p: float) -> Sampling:
-        if not (0.0 <= temperature < math.inf and top_k >= 0 and 0.0 < top_p <= 1.0 and 0.0 <= min_p <= 1.0):
-            raise ValueError(
-                "Engine: expected temperature >= 0, top_k >= 0, top_p in (0, 1] and min_p in [0, 1], got "
-                f"{temperature}, {top_k}, {top_p} and {min_p}"
-            )
-        return Sampling(float(temperature), int(top_k), float(top_p), float(min_p))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pymathrl.batch import enumerate_ragged
 from pymathrl.ops.attention import PAGE
 
 
@@ -73,12 +74,10 @@ class PageTable:
             self.table[written, column] = target
             self._drop(source)
         fresh = (pages_for(end) - self.held[slots]).clamp(min=0)
-        total = int(fresh.sum())
-        if total:
-            row = torch.repeat_interleave(slots, fresh)
-            start = torch.repeat_interleave(fresh.cumsum(0) - fresh, fresh)
-            column = self.held[row] + torch.arange(total) - start
-            self.table[row, column] = self._take(total)
+        owner, within = enumerate_ragged(fresh)
+        if owner.numel():
+            row = slots[owner]
+            self.table[row, self.held[row] + within] = self._take(owner.numel())
             self.held[slots] += fresh
 
     def share(self, source: Tensor, target: Tensor) -> None:
@@ -100,9 +99,8 @@ class PageTable:
 
     def _entries(self, slots: Tensor, count: Tensor, start: Tensor | None = None) -> Tensor:
         """The page numbers table[s, start .. start+count-1] of all slots, one after the other."""
-        row = torch.repeat_interleave(slots, count)
-        within = torch.arange(row.numel()) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        return self.table[row, within if start is None else within + torch.repeat_interleave(start, count)]
+        owner, within = enumerate_ragged(count)
+        return self.table[slots[owner], within if start is None else within + start[owner]]
 
     def _take(self, count: int) -> Tensor:
         if count > self.free:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pymathrl.batch import enumerate_ragged
+
 
 class Supports:
     """Draws under filters, in their order: (slot, position, count) int64 of each, and its `count` token ids, int32, on
@@ -58,10 +60,9 @@ class Supports:
     def _pick(self, draws: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """These draws, in this order."""
         slot, position, count, ids = self._joined()
-        size = count[draws]
+        owner, within = enumerate_ragged(count[draws])
         start = (count.cumsum(0) - count)[draws]
-        at = torch.arange(int(size.sum())) + torch.repeat_interleave(start - (size.cumsum(0) - size), size)
-        return slot[draws], position[draws], size, ids[at]
+        return slot[draws], position[draws], count[draws], ids[start[owner] + within]
 
     def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         slot, position, count, ids = (torch.cat(values) for values in zip(*self._parts, strict=True))
