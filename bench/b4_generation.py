@@ -44,8 +44,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import _commit
-from vs_hf_generate import Ceilings, describe, limit_s, never_ends, place, quiet, seconds
+from common import _commit, quiet
+from vs_hf_generate import Ceilings, describe, limit_s, never_ends, place, seconds
 
 from pymathrl.models import Decoder, ModelConfig, Policy, char_tokenizer, save
 from pymathrl.models.load import state_tensors

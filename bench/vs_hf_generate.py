@@ -22,21 +22,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import _commit, _processor
+from common import _commit, _processor, quiet
 from torch import Tensor
 
 from pymathrl import devices
@@ -256,13 +254,6 @@ def run_batch(engine: Engine, model: Any, ceilings: Ceilings, rows: int, new: in
             flush=True,
         )
     return row
-
-
-def quiet() -> None:
-    """Offline and silent: the package's notices are about models and services that are not used here."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
 
 
 def versions() -> dict[str, str]:

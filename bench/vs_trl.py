@@ -27,21 +27,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import platform
 import random
 import statistics
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from common import _commit, _processor
+from common import _commit, _processor, quiet
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
@@ -418,13 +416,6 @@ def run_case(name: str, case: Case, steps: int) -> dict[str, Any]:
         )
     print("  ours by stage: " + ", ".join(f"{name} {row[f'ours_{name}_s']:.4f} s" for name in shares), flush=True)
     return row
-
-
-def quiet() -> None:
-    """Offline and silent: the packages' notices are about models and services that are not used here."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
 
 
 def versions() -> dict[str, str]:

@@ -33,7 +33,7 @@ from pymathrl.tasks.expression import (
     render,
 )
 from pymathrl.tasks.holdout import TEST_SEED, held_out_keys, is_held_out
-from pymathrl.tasks.jsonl import fail, read_objects
+from pymathrl.tasks.jsonl import fail, read_objects, shuffled
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
 
@@ -159,7 +159,7 @@ class FileRows:
         if not self.train_rows:
             raise UserError(f"{self.path}: no row is left to train on; use split='hash' and two or more distinct rows")
         epoch, position = divmod(index, len(self.train_rows))
-        return _row_problem(index, self.train_rows[_shuffled(len(self.train_rows), seed, epoch)[position]])
+        return _row_problem(index, self.train_rows[shuffled(len(self.train_rows), seed, epoch)[position]])
 
     def test(self, n: int | None) -> list[Problem]:
         return [_row_problem(uid, row) for uid, row in enumerate(self.test_rows[:n])]
@@ -211,13 +211,6 @@ def _read_id(path: str | Path, line: int, item: dict[str, Any]) -> str | None:
     if type(name) not in (int, str) or name == "":
         fail(path, line, item, "id", "a non-empty string or an integer")
     return str(name)
-
-
-@lru_cache(maxsize=4)
-def _shuffled(count: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(count))
-    random.Random(seed * 1_000_003 + epoch).shuffle(order)
-    return order
 
 
 def _problem(uid: int, nums: Sequence[int], target: int, **meta: Any) -> Problem:

@@ -1,6 +1,8 @@
 """Reads a JSONL file of objects, one per line; every defect is a UserError with file, line and what was expected."""
 
 import json
+import random
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +26,14 @@ def read_objects(path: str | Path, limit: int | None = None) -> list[tuple[int, 
     if not rows:
         raise UserError(f"{path}: expected one JSON object per line, got an empty file")
     return rows
+
+
+@lru_cache(maxsize=4)
+def shuffled(count: int, seed: int, epoch: int) -> list[int]:
+    """The order in which an epoch visits `count` rows: a permutation that follows from (count, seed, epoch)."""
+    order = list(range(count))
+    random.Random(seed * 1_000_003 + epoch).shuffle(order)
+    return order
 
 
 def fail(path: str | Path, line: int, item: dict[str, Any], field: str, expected: str) -> NoReturn:

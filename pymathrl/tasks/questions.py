@@ -4,14 +4,14 @@ The gold answer is what follows the last "####" of the answer field, or the whol
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.holdout import held_out_keys
-from pymathrl.tasks.jsonl import fail, read_objects
+from pymathrl.tasks.jsonl import fail, read_objects, shuffled
 from pymathrl.tasks.last_number import last_number, read_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
@@ -58,18 +58,12 @@ class Questions:
     held_out: tuple[tuple[str, str, Fraction], ...]
     answer: str
     format_score: float
-    _orders: dict[tuple[int, int], list[int]] = field(default_factory=dict, compare=False, repr=False)
 
     def train(self, index: int, seed: int) -> Problem:
         if not self.rows:
             raise UserError(f"{self.name}: no row is left to train on; use split='hash' and two or more questions")
         epoch, at = divmod(index, len(self.rows))
-        if (seed, epoch) not in self._orders:
-            order = list(range(len(self.rows)))
-            random.Random(f"{seed}/{epoch}").shuffle(order)
-            self._orders.clear()
-            self._orders[seed, epoch] = order
-        return self._problem(index, self.rows[self._orders[seed, epoch][at]])
+        return self._problem(index, self.rows[shuffled(len(self.rows), seed, epoch)[at]])
 
     def test(self, n: int | None = None) -> list[Problem]:
         return [self._problem(uid, row) for uid, row in enumerate(self.held_out[:n])]
