@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kGrainElements = 32768;  // about 20 us of work: below that a second thread costs more than it saves
 constexpr int64_t kNoiseGrain = 512;       // coordinates: one costs as much as 60 logits
-constexpr int64_t kTaskRows = 32;          // rows that meet a block of the table while it is in the first-level cache
-constexpr int64_t kTaskColumns = 64;       // of the table: kMixBlock times these are 32 KB
+constexpr int64_t kTaskRows = 32;       // rows that meet a block of the table while it is in the second-level cache
+constexpr int64_t kTaskColumns = 256;   // of the table: kMixBlock times these are 128 KB
 
 int64_t grain(int64_t elements, int64_t width) { return width < elements ? elements / width : 1; }
 
