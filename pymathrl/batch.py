@@ -14,6 +14,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from pymathrl.ops.soft_embed import SoftSampling
+
 ROLE_PROMPT = 0  # given by the task
 ROLE_SAMPLED = 1  # drawn by the policy: the only role that is trained
 ROLE_FORCED = 2  # put in by a program: a hint, a tool's output, a prefilled phrase
@@ -68,6 +70,13 @@ class Rollout:
     empty where the token was drawn without filters.
     support_offsets  int64 [T+1]
     support_ids      int32 [M]
+
+    Only where the policy made soft tokens, None elsewhere: it was fed a vector of its own instead of a row of its
+    embedding table (see `soft_embed`). ids then holds the most probable token, logp the density of the vector up to a
+    constant, entropy and mean_logp are those of the distribution that was mixed.
+    soft           bool [T]   True at a soft token: one that was sampled
+    soft_inputs    [S,D]      the vectors of the S soft tokens, in their order, of the model's dtype
+    soft_sampling             how they were made
     """
 
     ids: Tensor
@@ -82,6 +91,9 @@ class Rollout:
     stop: Tensor
     support_ids: Tensor | None = None
     support_offsets: Tensor | None = None
+    soft: Tensor | None = None
+    soft_inputs: Tensor | None = None
+    soft_sampling: SoftSampling | None = None
 
     @property
     def rows(self) -> int:
@@ -137,12 +149,16 @@ class Rollout:
         if self.support_ids is not None and self.support_offsets is not None:
             picked, support_offsets = _gather_index(self.support_offsets, index)
             support_ids = self.support_ids[picked]
+        made = self.soft_of(index)
         return Rollout(
             **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS},
             offsets=offsets,
             **{name: getattr(self, name)[rows] for name in _ROW_FIELDS},
             support_ids=support_ids,
             support_offsets=support_offsets,
+            soft=None if made is None else made[0],
+            soft_inputs=None if made is None else made[1],
+            soft_sampling=None if made is None else self.soft_sampling,
         )
 
     def support_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -153,9 +169,17 @@ class Rollout:
         row = torch.repeat_interleave(torch.arange(tokens.numel(), device=self.device), offsets.diff())
         return row, self.support_ids[picked].long()
 
+    def soft_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(which of these tokens are soft, bool like tokens; their input vectors, in this order); None where none is."""
+        if self.soft is None or self.soft_inputs is None or not bool(self.soft[tokens].any()):
+            return None
+        chosen = self.soft[tokens]
+        return chosen, self.soft_inputs[(self.soft.cumsum(0) - 1)[tokens[chosen]]]
+
     def to(self, device: torch.device | str) -> Rollout:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{name: value.to(device) for name, value in values.items() if value is not None})
+        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
@@ -170,7 +194,7 @@ class Rollout:
             _check("Rollout", name, getattr(self, name), (rows,), dtype)
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 _require(
                     value.device == self.device, "Rollout", f.name, f"a tensor on {self.device} like ids", value.device
                 )
@@ -200,6 +224,15 @@ class Rollout:
             size = self.support_offsets.diff()
             ok = (size == 0) | ((size > 0) & self.sampled_mask)
             _require_all(ok, size, "Rollout", "support_offsets", "rising values, a support only where sampled")
+        made = (self.soft, self.soft_inputs, self.soft_sampling)
+        if any(value is not None for value in made):
+            _require(None not in made, "Rollout", "soft", "soft, soft_inputs and soft_sampling together", "only some")
+        if self.soft is not None and self.soft_inputs is not None:
+            _check("Rollout", "soft", self.soft, (tokens,), torch.bool)
+            _require_all(~self.soft | self.sampled_mask, self.soft, "Rollout", "soft", "True only where sampled")
+            count, vectors = int(self.soft.sum()), self.soft_inputs
+            _require(vectors.shape[:-1] == (count,), "Rollout", "soft_inputs", f"[{count},D]", list(vectors.shape))
+            _require(bool(torch.isfinite(vectors).all()), "Rollout", "soft_inputs", "finite values", "nan or inf")
         runs = 1 + int((self.group.diff() != 0).sum())
         distinct = self.group.unique().numel()
         _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
@@ -223,7 +256,17 @@ class Rollout:
             support_ids = torch.cat([p.support_ids for p in parts if p.support_ids is not None])
             sizes = [p.support_offsets.diff() if p.support_offsets is not None else p.ids * 0 for p in parts]
             support_offsets = torch.cat([offsets[0], torch.cat(sizes).cumsum(0)])
-        return Rollout(offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets)
+        made = {p.soft_sampling for p in parts if p.soft_sampling is not None}
+        if len(made) > 1:
+            raise ValueError(f"Rollout.concat: expected soft tokens made in one way, got {made}")
+        soft = soft_inputs = None
+        if made:
+            soft = torch.cat([torch.zeros_like(p.ids, dtype=torch.bool) if p.soft is None else p.soft for p in parts])
+            soft_inputs = torch.cat([p.soft_inputs for p in parts if p.soft_inputs is not None])
+        return Rollout(
+            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets, soft=soft,
+            soft_inputs=soft_inputs, soft_sampling=made.pop() if made else None,
+        )  # fmt: skip
 
 
 _TOKEN_FIELDS = {
@@ -310,6 +353,7 @@ class MicroBatch:
     token_index   int64 [N]    index of each sampled token in the rollout's packed arrays
     targets       int64 [N]    the sampled tokens: rollout.ids[token_index]
     offsets       int64 [b+1]  row i of the micro-batch owns the sampled tokens offsets[i] .. offsets[i+1]
+    inputs        None, or (int64 [s] into ids, [s,D]): the fed soft tokens and their vectors, see `Decoder.hidden`
     """
 
     rows: Tensor
@@ -319,6 +363,7 @@ class MicroBatch:
     token_index: Tensor
     targets: Tensor
     offsets: Tensor
+    inputs: tuple[Tensor, Tensor] | None = None
 
 
 def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: int) -> Iterator[MicroBatch]:
@@ -352,6 +397,7 @@ def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
     offsets = torch.zeros_like(ends)
     offsets[1:] = torch.bincount(row[at], minlength=rows.numel()).cumsum(0)
     token_index = index[at]
+    made = rollout.soft_of(index[fed])
     return MicroBatch(
         rows=rows,
         ids=rollout.ids[index[fed]],
@@ -360,6 +406,7 @@ def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
         token_index=token_index,
         targets=rollout.ids[token_index],
         offsets=offsets,
+        inputs=None if made is None else (made[0].nonzero()[:, 0], made[1]),
     )
 
 

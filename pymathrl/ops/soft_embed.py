@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,23 @@ from pymathrl.ops.sample_token import STREAM_NOISE, philox4x32_10_ref
 from pymathrl.ops.token_logprob import support_mean_ref
 
 Noise = tuple[int, torch.Tensor, torch.Tensor]  # seed, uid [N] int64, step [N] int64
+
+
+@dataclass(frozen=True)
+class SoftSampling:
+    """How soft tokens are made: temperature > 0 divides the logits, sigma >= 0 is the noise in the units of the embedding
+    table, top_k mixes the k most probable tokens only (0 = all)."""
+
+    temperature: float
+    sigma: float
+    top_k: int = 0
+
+    def __post_init__(self) -> None:
+        if not (0.0 < self.temperature < math.inf and 0.0 <= self.sigma < math.inf and self.top_k >= 0):
+            raise ValueError(
+                "SoftSampling: expected temperature > 0, sigma >= 0 and top_k >= 0, got "
+                f"{self.temperature}, {self.sigma} and {self.top_k}"
+            )
 
 
 class SoftEmbed(NamedTuple):
