@@ -15,15 +15,54 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos import LossSpec
-from pymathrl.batch import ROLE_SAMPLED, Batch, keep_support, micro_batches
+from pymathrl.batch import ROLE_SAMPLED, Batch, Rollout, keep_support, micro_batches
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.linear import linear_out
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
+from pymathrl.ops.soft_embed import SoftEmbed, SoftSampling, soft_embed, soft_embed_backward
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
 ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMMs
+
+
+@dataclass(frozen=True)
+class SoftTerms:
+    """Which of N tokens are soft, and what they were: constants without gradient.
+
+    index     int64 [S]  rising
+    inputs    [S,D]      the vectors that were drawn, of the model's dtype
+    sampling             how
+    table     [V,D]      the embedding table, of which their means are mixed: it gets a gradient
+    """
+
+    index: Tensor
+    inputs: Tensor
+    sampling: SoftSampling
+    table: Tensor
+
+    def part(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
+        """(index in begin..end, counted from begin; inputs) of the soft tokens there; None where there is none."""
+        bounds = torch.searchsorted(self.index, torch.tensor([begin, end], device=self.index.device)).tolist()
+        piece = slice(*bounds)
+        return (self.index[piece] - begin, self.inputs[piece]) if bounds[0] < bounds[1] else None
+
+    def score(self, logits: Tensor, inputs: Tensor) -> SoftEmbed:
+        s = self.sampling
+        table = self.table.detach()
+        return soft_embed(
+            logits, table, temperature=s.temperature, sigma=s.sigma, top_k=s.top_k, inputs=inputs.contiguous()
+        )
+
+
+def soft_terms(rollout: Rollout, tokens: Tensor, table: Tensor) -> SoftTerms | None:
+    """Of these tokens of the rollout; None where none is soft."""
+    made = rollout.soft_of(tokens)
+    if made is None:
+        return None
+    assert rollout.soft_sampling is not None, "Rollout.validate: soft tokens say how they were made"
+    return SoftTerms(made[0].nonzero()[:, 0], made[1], rollout.soft_sampling, table)
 
 
 @dataclass(frozen=True)
@@ -36,6 +75,8 @@ class TokenTerms:
     offsets                    int64 [S+1] form "sequence": rows of each sequence
     support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
                                that each token was drawn from; the distribution is renormalised over them
+    soft                       where there are soft tokens: their log-prob is the density of their vector, their entropy
+                               and mean log-prob are those of the distribution that was mixed
     """
 
     old_logp: Tensor
@@ -45,6 +86,7 @@ class TokenTerms:
     link: Tensor | None = None
     offsets: Tensor | None = None
     support: tuple[Tensor, Tensor] | None = None
+    soft: SoftTerms | None = None
 
     def rows(self, begin: int, end: int) -> TokenTerms:
         """Rows begin..end; old_mean_logp reaches one row further, where there is one."""
@@ -87,9 +129,12 @@ def fused_policy_loss(
     Chunks go from the last row to the first, so that ROVER's target, which looks one token ahead, finds it computed.
     A sequence-level form needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
     """
+    if terms.soft is not None and spec.terms.get("entropy_coef"):
+        raise ValueError("fused_policy_loss: soft tokens have no entropy bonus; expected entropy_coef 0")
     rows = _chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
     record: dict[str, Any] = {}
-    loss = _FusedHead.apply(hidden, weight, targets, terms, spec, temperature, max(1, rows), record)
+    table = None if terms.soft is None else terms.soft.table
+    loss = _FusedHead.apply(hidden, weight, table, targets, terms, spec, temperature, max(1, rows), record)
     return HeadLoss(loss, record["logp"], record["entropy"], record["mean_logp"], record["stats"])
 
 
@@ -101,22 +146,28 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, terms: TokenTerms, spec: LossSpec,
-        temperature: float, chunk_rows: int, record: dict[str, Any],
+        ctx: Any, hidden: Tensor, weight: Tensor, table: Tensor | None, targets: Tensor, terms: TokenTerms,
+        spec: LossSpec, temperature: float, chunk_rows: int, record: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         n, vocab = hidden.shape[0], weight.shape[0]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_table = None if table is None else torch.zeros_like(table)
         logp, entropy, mean_logp = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         workspace = torch.empty(min(n, chunk_rows), vocab, dtype=torch.float32, device=hidden.device)
         starts = list(range(0, n, chunk_rows))[::-1]
 
-        def scores(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        def scores(begin: int, end: int) -> tuple[Tensor, Tensor, tuple[Tensor, SoftEmbed] | None]:
             logits = linear_out(hidden[begin:end], weight, workspace[: end - begin])
             if terms.support is not None:
                 keep_support(logits, terms.support, begin)
             row = token_logprob(logits, targets[begin:end], temperature=temperature)
             logp[begin:end], entropy[begin:end], mean_logp[begin:end] = row.logp, row.entropy, row.mean_logp
-            return logits, row.lse
+            part = None if terms.soft is None else terms.soft.part(begin, end)
+            if terms.soft is None or part is None:
+                return logits, row.lse, None
+            at, soft = part[0], terms.soft.score(logits[part[0]], part[1])
+            logp[begin + at], entropy[begin + at], mean_logp[begin + at] = soft.logp, soft.entropy, soft.mean_logp
+            return logits, row.lse, (at, soft)
 
         def token_loss(begin: int, end: int) -> PolicyLoss:
             part, extra = terms.rows(begin, end), dict(spec.terms)
@@ -137,7 +188,7 @@ class _FusedHead(torch.autograd.Function):
         stats = [] if whole is None else [whole.stats]
         for begin in starts:
             end = min(n, begin + chunk_rows)
-            logits, lse = scores(begin, end)
+            logits, lse, soft = scores(begin, end)
             if whole is None:
                 out = token_loss(begin, end)
                 loss, grad_logp, grad_entropy = loss + out.loss, out.grad_logp, out.grad_entropy
@@ -145,22 +196,32 @@ class _FusedHead(torch.autograd.Function):
             else:
                 grad_logp = whole.grad_logp[begin:end]
                 grad_entropy = None if whole.grad_entropy is None else whole.grad_entropy[begin:end]
+            if soft is not None:
+                soft_grad, grad_logp = grad_logp[soft[0]], grad_logp.index_fill(0, soft[0], 0.0)
             token_logprob_backward_(
                 logits, targets[begin:end], lse, entropy[begin:end], grad_logp, grad_entropy, temperature
             )
+            if soft is not None and terms.soft is not None and table is not None and grad_table is not None:
+                at, scored = soft
+                s = terms.soft.sampling
+                logits[at], shares = soft_embed_backward(
+                    scored, table.detach(), soft_grad, temperature=s.temperature, sigma=s.sigma
+                )
+                grad_table.addmm_(scored.weights.t().to(table.dtype), shares)
             dlogits = logits.to(weight.dtype)
             torch.mm(dlogits, weight, out=grad_hidden[begin:end])
             grad_weight.addmm_(dlogits.t(), hidden[begin:end])
         record.update(logp=logp, entropy=entropy, mean_logp=mean_logp, stats=merge_stats(stats))
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_table)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)  # in place: both buffers are this node's own
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None, None
+        grad_hidden, grad_weight, grad_table = ctx.saved_tensors
+        scale = grad_loss.to(grad_hidden.dtype)  # in place: the buffers are this node's own
+        grad_table = None if grad_table is None else grad_table.mul_(scale)
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), grad_table, None, None, None, None, None, None
 
 
 @dataclass
@@ -213,10 +274,11 @@ def minibatch_loss(
     )  # fmt: skip
     for micro in micro_batches(rollout, live, token_budget):
         at = micro.token_index
-        hidden = model.hidden(micro.ids, micro.starts)[micro.hidden_index]
+        hidden = model.hidden(micro.ids, micro.starts, micro.inputs)[micro.hidden_index]
         terms = TokenTerms(
             old_logp=rollout.logp[at], advantage=mini.advantage[at], coef=mini.weight[at] * mini.coef[at],
             old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets, support=rollout.support_of(at),
+            soft=soft_terms(rollout, at, model.embed),
         )  # fmt: skip
         out = fused_policy_loss(hidden, model.head_weight, micro.targets, terms, spec, temperature=temperature)
         out.loss.backward()
