@@ -209,7 +209,7 @@ class Rollout:
         return row, self.support_ids[picked].long()
 
     def soft_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(which of these tokens are soft, bool like tokens; their input vectors, in this order); None where none is."""
+        """(which of these tokens are soft, bool like tokens; their vectors, in this order); None where none is."""
         if self.soft is None or self.soft_inputs is None or not bool(self.soft[tokens].any()):
             return None
         chosen = self.soft[tokens]

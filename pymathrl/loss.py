@@ -106,8 +106,8 @@ class TokenTerms:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """loss: fp32 scalar, differentiable in hidden, weight and the table of soft tokens. logp, entropy, mean_logp: fp32 [N], of the policy now.
-    stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
+    """loss: fp32 scalar, differentiable in hidden, weight and the table of soft tokens. logp, entropy, mean_logp: fp32
+    [N], of the policy now. stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
 
     loss: Tensor
     logp: Tensor

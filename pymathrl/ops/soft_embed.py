@@ -19,8 +19,8 @@ Noise = tuple[int, torch.Tensor, torch.Tensor]  # seed, uid [N] int64, step [N] 
 
 @dataclass(frozen=True)
 class SoftSampling:
-    """How soft tokens are made: temperature > 0 divides the logits, sigma >= 0 is the noise in the units of the embedding
-    table, top_k mixes the k most probable tokens only (0 = all)."""
+    """How soft tokens are made: temperature > 0 divides the logits, sigma >= 0 is the noise in the units of the
+    embedding table, top_k mixes the k most probable tokens only (0 = all)."""
 
     temperature: float
     sigma: float

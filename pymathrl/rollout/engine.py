@@ -601,13 +601,11 @@ class Engine:
         """All soft tokens of an engine at a time are made alike, so that a rollout can say how."""
         if self._store.used > 1 and self._store.sampling != sampling:
             raise ValueError(
-                f"soft: live sequences hold soft tokens made under {self._store.sampling}, got {sampling}; free them first"
+                f"soft: live sequences hold soft tokens made under {self._store.sampling}, got {sampling}; free them"
             )
         self._store.sampling = sampling
 
-    def _draw_with_hook(
-        self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook
-    ) -> tuple[Step, _Extra]:
+    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> tuple[Step, _Extra]:
         logits = self.policy.model.logits(self._hidden(slots))
         changed = hook(self._name[slots].tolist(), logits, StepStats(logits))
         if changed is not None:

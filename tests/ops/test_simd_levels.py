@@ -46,9 +46,7 @@ def digest() -> str:
                 results += [*drawn, support, *token_logprob(masked, drawn.ids)[:-1]]
             table = torch.linspace(-1, 1, width * 37).view(width, 37)
             for top_k in (0, 3):
-                mixed = soft_embed(
-                    z.float(), table, temperature=0.7, sigma=0.1, noise=(1, where, where), top_k=top_k
-                )
+                mixed = soft_embed(z.float(), table, temperature=0.7, sigma=0.1, noise=(1, where, where), top_k=top_k)
                 results += [x for name, x in mixed._asdict().items() if name != "inputs"]
             for x in results:
                 h.update(x.numpy().tobytes())

@@ -157,7 +157,7 @@ def test_invariants(device: str) -> None:
     logits, table, inputs = (x.to(device) for x in case(40, 700, 30))
     r = soft_embed(logits, table, temperature=0.5, sigma=0.3, inputs=inputs)
     assert bool((r.weights >= 0).all()) and float((r.weights.sum(-1) - 1).abs().max()) < 2e-6
-    dz, de = gradients(soft_embed, logits, table, inputs, torch.ones(40, device=device), temperature=0.5, sigma=0.3)
+    dz, _ = gradients(soft_embed, logits, table, inputs, torch.ones(40, device=device), temperature=0.5, sigma=0.3)
     assert float(dz.sum(-1).abs().max()) < 2e-5 * float(dz.abs().max())
     zero = torch.zeros(40, device=device)
     zero[0] = 1.0
@@ -185,7 +185,7 @@ def test_a_row_is_its_own_business(device: str, threads: Callable[[int], None], 
     """Bit for bit: any rows alone, in any number, order, place and memory layout, by any number of threads."""
     if use_reference():
         pytest.skip("the plain torch reference promises no order of summation")
-    logits, table, inputs = (x.to(device) for x in case(77, 1000, 83))
+    logits, table, _ = (x.to(device) for x in case(77, 1000, 83))
     options = {"temperature": 0.5, "sigma": 0.3, "top_k": top_k}
     seed, uid, step = keys(77, device)
     threads(1)
