@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ class Rollout:
     Only where the policy made soft tokens, None elsewhere: it was fed a vector of its own instead of a row of its
     embedding table (see `soft_embed`). ids then holds the most probable token, logp the density of the vector up to a
     constant, entropy and mean_logp are those of the distribution that was mixed.
-    soft           bool [T]   True at a soft token: one that was sampled
+    soft           bool [T]   True at a soft token; one that is not to be trained may have role ROLE_FORCED
     soft_inputs    [S,D]      the vectors of the S soft tokens, in their order, of the model's dtype
     soft_sampling             how they were made
     """
@@ -216,9 +217,8 @@ class Rollout:
         return chosen, self.soft_inputs[(self.soft.cumsum(0) - 1)[tokens[chosen]]]
 
     def to(self, device: torch.device | str) -> Rollout:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Rollout(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
@@ -268,7 +268,7 @@ class Rollout:
             _require(None not in made, "Rollout", "soft", "soft, soft_inputs and soft_sampling together", "only some")
         if self.soft is not None and self.soft_inputs is not None:
             _check("Rollout", "soft", self.soft, (tokens,), torch.bool)
-            _require_all(~self.soft | self.sampled_mask, self.soft, "Rollout", "soft", "True only where sampled")
+            _require_all(~self.soft | (self.role != ROLE_PROMPT), self.soft, "Rollout", "soft", "False in prompts")
             count, vectors = int(self.soft.sum()), self.soft_inputs
             _require(vectors.shape[:-1] == (count,), "Rollout", "soft_inputs", f"[{count},D]", list(vectors.shape))
             _require(bool(torch.isfinite(vectors).all()), "Rollout", "soft_inputs", "finite values", "nan or inf")

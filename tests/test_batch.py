@@ -176,7 +176,7 @@ def test_soft_tokens_keep_their_vectors() -> None:
     "wrong, message",
     [
         ({"soft_inputs": None}, "together"),
-        ({"soft": torch.arange(12) == 0}, "True only where sampled"),
+        ({"soft": torch.arange(12) == 0}, "False in prompts"),
         ({"soft_inputs": torch.zeros(2, 2)}, r"\[3,D\]"),
         ({"soft_inputs": torch.full((3, 2), torch.nan)}, "finite"),
     ],

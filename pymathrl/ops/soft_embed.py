@@ -155,8 +155,8 @@ def _forward(
         view(out.inputs), view(out.ids), view(out.numbers), seed & (2**64 - 1), STREAM_NOISE, temperature, sigma, top_k,
         stream_handle(logits),
     )  # fmt: skip
-    logp, *numbers = out.numbers.unbind()
-    return SoftEmbed(out.inputs, logp, out.ids, *numbers, out.mean, out.weights)
+    logp, entropy, mean_logp, kept_mass = out.numbers.unbind()
+    return SoftEmbed(out.inputs, logp, out.ids, entropy, mean_logp, kept_mass, out.mean, out.weights)
 
 
 class _SoftEmbed(torch.autograd.Function):

@@ -579,9 +579,7 @@ class Engine:
         step = self._pass(self._bucket(rows), "token", sampling, seed)
         self._feed(slots, ahead=k - 1)
         self._load(slots, step.rows)
-        soft = isinstance(sampling, SoftSampling)
-        if soft:
-            self._soft_only(sampling)
+        soft = self._makes_soft(sampling)
         self._grow_ring(k, soft)
         supports = []
         for j in range(k):
@@ -597,13 +595,16 @@ class Engine:
         drawn = _finite(Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind()))
         return drawn, _Extra(supports, self._ring_inputs[:k, :rows] if soft else None)
 
-    def _soft_only(self, sampling: SoftSampling) -> None:
-        """All soft tokens of an engine at a time are made alike, so that a rollout can say how."""
+    def _makes_soft(self, sampling: Sampling | SoftSampling) -> bool:
+        """Whether it makes soft tokens. All of an engine's at a time are made alike, so that a rollout can say how."""
+        if isinstance(sampling, Sampling):
+            return False
         if self._store.used > 1 and self._store.sampling != sampling:
             raise ValueError(
                 f"soft: live sequences hold soft tokens made under {self._store.sampling}, got {sampling}; free them"
             )
         self._store.sampling = sampling
+        return True
 
     def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> tuple[Step, _Extra]:
         logits = self.policy.model.logits(self._hidden(slots))
