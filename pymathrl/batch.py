@@ -218,7 +218,8 @@ class Rollout:
 
     def to(self, device: torch.device | str) -> Rollout:
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{name: v.to(device) if isinstance(v, Tensor) else v for name, v in values.items()})
+        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return Rollout(**values)
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
