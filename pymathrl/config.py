@@ -244,7 +244,8 @@ def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
     for key in values:
         if key not in known_names:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
-    _check_together(algo, train, own, {k for k, source in sources.items() if not source.startswith(("preset", "default"))})
+    given = {k for k, source in sources.items() if not source.startswith(("preset", "default"))}
+    _check_together(algo, train, own, given)
     return Run(algo, train, own, options)
 
 

@@ -5,8 +5,8 @@ et al., arXiv 2505.16400, sections 3.1 to 3.4).
     L = mean over the tokens of the step of -A log pi         one update per rollout batch: the ratio is 1, no clip
 
 No KL, no entropy bonus. More updates per batch collapsed the entropy within about 100 steps (section 3.4), so any other
-number is refused here. The stages are a schedule of [[stage]] tables (README has one); the pass-rate filter of the later
-ones, "drop what is solved more than 6 times in 16", is `--filter band --filter-low 0 --filter-high 0.375`.
+number is refused here. The stages are a schedule of [[stage]] tables (README has one); the pass-rate filter of the
+later ones, "drop what is solved more than 6 times in 16", is `--filter band --filter-low 0 --filter-high 0.375`.
 
 Not found in the paper: steps per stage, clip range (it never acts), temperature of the mathematics stages.
 """

@@ -6,11 +6,11 @@ sections 4.1 and 4.2; code: github.com/MiroMindAsia/MiroMind-M1).
     L    = mean over the tokens of the step of max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A), at most -10 A where
            A < 0; groups of only right or only wrong answers are dropped and drawn anew (--filter mixed)
 
-The stages (paper: 16K, then 32K tokens, when lengths saturate; no numeric rule) are a schedule of [[stage]] tables, each
-with its own --max-new-tokens, --clip-low and --clip-high; see README.
+The stages (paper: 16K, then 32K tokens, when lengths saturate; no numeric rule) are a schedule of [[stage]] tables,
+each with its own --max-new-tokens, --clip-low and --clip-high; see README.
 
---repetition paper subtracts f of every response. `code` is what the released script does: a constant 0.1 where f > 0, of
-responses cut at the length limit only. Its hard-coded skip of steps and its random choice of surplus groups are not
+--repetition paper subtracts f of every response. `code` is what the released script does: a constant 0.1 where f > 0,
+of responses cut at the length limit only. Its hard-coded skip of steps and its random choice of surplus groups are not
 here. A truncated response is scored 0 and kept, as in the code (section 4.5.2 of the paper speaks of leaving it out:
 --truncated mask).
 """
