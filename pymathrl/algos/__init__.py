@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover, soft_tokens
+from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, rloo, rover, soft_tokens
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -12,6 +12,8 @@ REGISTRY: dict[str, Algo] = {
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
     "soft_tokens": soft_tokens.ALGO,
+    "campo": campo.ALGO,
+    "acereason": acereason.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

@@ -19,9 +19,9 @@ Published: 2 prompts x 32 samples, one update per batch, AdamW at 3e-6 to 8e-6, 
 of 128 (GSM8K) or 512 tokens: --prompts-per-step 2 --samples-per-prompt 32 --lr 6e-6 --lr-schedule cosine
 --warmup-steps 20. Its best results train soft or fuzzy and decode ordinary tokens, as evaluations do here.
 
-Decided here, where the paper is silent: sigma = 0.33 rms with rms over all numbers of E (its noise is then about a third
-of an embedding; --rms-mode row takes the norm of a row instead, sqrt(D) times as much), taken when the run begins and
-kept; the phrase that is put in has no loss; a chain that ends in an end token is a response without an answer. At
+Decided here, where the paper is silent: sigma = 0.33 rms with rms over all numbers of E (its noise is then about a
+third of an embedding; --rms-mode row takes the norm of a row instead, sqrt(D) times as much), taken when the run begins
+and kept; the phrase that is put in has no loss; a chain that ends in an end token is a response without an answer. At
 tau = 1e-4 the gradient of p vanishes unless logits tie: a fuzzy chain teaches through E and the answer.
 """
 
@@ -140,7 +140,7 @@ def loss(config: Config) -> LossSpec:
 
 ALGO = Algo(
     name="soft_tokens",
-    summary="the chain of thought as noisy mixtures of embeddings; REINFORCE with the other responses' mean as baseline",
+    summary="a chain of thought in noisy mixtures of embeddings; REINFORCE, the others' mean as baseline",
     paper="arXiv 2509.19170",
     config=Config,
     advantage=advantage,

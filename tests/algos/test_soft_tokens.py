@@ -1,4 +1,4 @@
-"""soft_tokens: its numbers, the shape of a response, the gradient through the real model, and whole runs in each mode."""
+"""soft_tokens: its numbers, the shape of a response, the gradient through the real model, whole runs in each mode."""
 
 from __future__ import annotations
 
@@ -43,8 +43,10 @@ def test_advantage_is_the_reward_less_the_mean_of_the_others() -> None:
 def test_rewards_are_100_10_and_0() -> None:
     batch = graded([[1.0, 0.1, 0.0]])
     grades = [
-        Grade(1.0, True, "7", "7", "correct"), Grade(0.1, False, "8", "8", "wrong"), Grade(0.0, False, None, None, "none"),
-    ]  # fmt: skip
+        Grade(1.0, True, "7", "7", "correct"),
+        Grade(0.1, False, "8", "8", "wrong"),
+        Grade(0.0, False, None, None, "none"),
+    ]
     assert ALGO.judge(context("soft_tokens"), dataclasses.replace(batch, grades=grades)).reward.tolist() == [100, 10, 0]
 
 
