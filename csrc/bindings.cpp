@@ -108,8 +108,8 @@ PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_hi
                                          float rho, float beta, bool rover_response, float q_low, float q_high,
                                          float lp_reg_coef, std::pair<float, float> tau,
                                          std::pair<float, float> vespo_positive, std::pair<float, float> vespo_negative,
-                                         int kl, float kl_coef, float entropy_coef, int tis, bool tis_mask,
-                                         float tis_cap, double log_tis_cap) {
+                                         int kl, bool kl_ratio, float kl_coef, float entropy_coef, int tis,
+                                         bool tis_mask, float tis_cap, double log_tis_cap) {
   PolicyLossConfig c{};
   c.form = static_cast<Form>(form);
   c.clip_low = clip_low;
@@ -130,6 +130,7 @@ PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_hi
   std::tie(c.k_positive, c.lambda_positive) = vespo_positive;
   std::tie(c.k_negative, c.lambda_negative) = vespo_negative;
   c.kl = static_cast<Kl>(kl);
+  c.kl_ratio = kl_ratio;
   c.kl_coef = kl_coef;
   c.entropy_coef = entropy_coef;
   c.tis = static_cast<Level>(tis);
@@ -519,8 +520,8 @@ PYBIND11_MODULE(_C, m) {
            py::arg("clip_high"), py::arg("delta"), py::arg("dual_clip"), py::arg("ratio_weight"), py::arg("weight_low"),
            py::arg("weight_high"), py::arg("sequence_mean"), py::arg("rho"), py::arg("beta"), py::arg("rover_response"),
            py::arg("q_low"), py::arg("q_high"), py::arg("lp_reg_coef"), py::arg("tau"), py::arg("vespo_positive"),
-           py::arg("vespo_negative"), py::arg("kl"), py::arg("kl_coef"), py::arg("entropy_coef"), py::arg("tis"),
-           py::arg("tis_mask"), py::arg("tis_cap"), py::arg("log_tis_cap"));
+           py::arg("vespo_negative"), py::arg("kl"), py::arg("kl_ratio"), py::arg("kl_coef"), py::arg("entropy_coef"),
+           py::arg("tis"), py::arg("tis_mask"), py::arg("tis_cap"), py::arg("log_tis_cap"));
   m.def("policy_loss_stats", &policy_loss_stats, "Names of the statistics: (sums, maxima, minima).");
   m.def("policy_loss_blocks", &policy_loss_blocks, py::arg("n"), py::arg("cuda"));
   m.def("policy_loss", &policy_loss, py::arg("config"), py::arg("logp"), py::arg("old_logp"), py::arg("advantage"),

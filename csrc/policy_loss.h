@@ -9,7 +9,8 @@
 //   sapo      -A (4/tau) sigmoid(tau (r - 1)), tau by the sign of A                             (SAPO)
 //   vespo     -sg(phi) A logp, phi = exp(k log w + lambda (1 - w)), w = exp(sum of x over the sequence), k and lambda by
 //             the sign of A                                                                     (VESPO)
-//   then l *= tis weight (a constant; vespo has it inside w); l += kl_coef KL(logp, ref); l -= entropy_coef H.
+//   then l *= tis weight (a constant; vespo has it inside w); l += kl_coef KL(logp, ref), times r or not;
+//   l -= entropy_coef H.
 // Bytes: 17 to 21 per token read, 4 written: N = 65536 is 0.4 us at 3.35 TB/s, so a GPU call is bound by its launch.
 #pragma once
 #include "common/hd.h"
@@ -48,6 +49,7 @@ struct PolicyLossConfig {
   float tau_positive, tau_negative;                     // sapo: temperature where A > 0, where A <= 0
   float k_positive, lambda_positive, k_negative, lambda_negative;  // vespo: where A >= 0, where A < 0
   Kl kl;
+  bool kl_ratio;              // the divergence of a token is multiplied by its r
   float kl_coef, entropy_coef;
   Level tis;
   bool tis_mask;              // a weight above the cap becomes 0 instead of the cap
@@ -173,7 +175,9 @@ HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
   float a = t.advantage, x = t.logp - t.old_logp;
   float bounded = clamp_f32(x, -kMaxLogRatio, kMaxLogRatio);
   Mask flat = mask_of(x < -kMaxLogRatio) | mask_of(x > kMaxLogRatio);  // a clamped ratio is a constant
-  float r = exp_f32(bounded), loss, grad;
+  const float ratio = exp_f32(bounded);
+  const Mask ratio_flat = flat;
+  float r = ratio, loss, grad;  // r and flat become those of the sequence where the form is over sequences
   Mask low = 0, high = 0, dual = 0, selected = 0;
   float q = 0.0f, next_q = 0.0f, target = 0.0f;
   if (F == Form::clip || F == Form::sequence || F == Form::lp_reg) {
@@ -250,8 +254,12 @@ HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
     Mask value_k1 = is_k1 | mask_of(c.kl == Kl::k1_straight), on = mask_of(c.kl != Kl::none);
     kl = keep(on, choose(value_k1, d, choose(is_k2, 0.5f * d * d, k3.value)));
     float slope = choose(is_k1, 1.0f, choose(is_k3, k3.slope, d));  // straight-through: the slope of k2
+    Mask by_ratio = mask_of(c.kl_ratio);
+    float factor = choose(by_ratio, ratio, 1.0f);
+    slope = factor * (keep(on, slope) + keep(by_ratio & ~ratio_flat, kl));
+    kl *= factor;
     loss += c.kl_coef * kl;
-    grad += c.kl_coef * keep(on, slope);
+    grad += c.kl_coef * slope;
     loss -= c.entropy_coef * t.entropy;
   }
 

@@ -1,5 +1,5 @@
-"""Policy losses: clipping (PPO, GRPO), weighted log-likelihood, sequence ratios, ROVER, Lp-Reg, soft gates (SAPO, VESPO),
-with KL, entropy and TIS.
+"""Policy losses: clipping (PPO, GRPO), weighted log-likelihood, sequence ratios, ROVER, Lp-Reg, SAPO, VESPO, with KL,
+entropy and TIS.
 
 One pass gives the loss, its gradient and the statistics, so a fused head can use the gradient without autograd, and any
 other loop can call `.loss.backward()`.
@@ -85,6 +85,7 @@ def policy_loss(
     k_negative: float | None = None,
     lambda_negative: float | None = None,
     kl: str = "none",
+    kl_ratio: bool = False,
     kl_coef: float | None = None,
     ref_logp: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
@@ -133,7 +134,8 @@ def policy_loss(
     where w > tis_cap. tis_level "token"; "sequence" (product) or "geometric" (mean) over each sequence of `offsets`.
     Form "vespo" takes the token's weight, at least 1e-8, as a factor of its own w instead.
     Then l += kl_coef KL with d = logp - ref_logp: "k1" d; "k2" d^2/2; "k3" exp(-d) + d - 1, at most 10, with zero
-    gradient there; "k1+", "k3+": that value with the gradient of k2. Then l -= entropy_coef entropy. Neither is
+    gradient there; "k1+", "k3+": that value with the gradient of k2. kl_ratio multiplies KL by r, gradient included:
+    its gradient is then that of the reverse KL, also on-policy (2512.02556). Then l -= entropy_coef entropy. Neither is
     multiplied by w. An entropy without a coefficient is counted in the statistics only.
 
     reference: True runs plain torch in the dtype of the inputs (float64 in tests); None leaves it to PYMATHRL_IMPL.
@@ -148,7 +150,7 @@ def policy_loss(
     }  # fmt: skip
     given = tuple([name for name, t in tensors.items() if t is not None])
     numbers, config = _resolve(
-        form, given, old_logp is None, kl, kl_coef, entropy_coef, tis_cap, tis_mode, tis_level,
+        form, given, old_logp is None, kl, kl_ratio, kl_coef, entropy_coef, tis_cap, tis_mode, tis_level,
         clip_low, clip_high, delta, dual_clip, weight, weight_low, weight_high, sequence, rover_level, rho, beta,
         rover_clip, lp_reg_coef, tau_positive, tau_negative, k_positive, lambda_positive, k_negative, lambda_negative,
     )  # fmt: skip
@@ -221,6 +223,7 @@ def _resolve(
     given: tuple[str, ...],
     on_policy: bool,
     kl: str,
+    kl_ratio: bool,
     kl_coef: float | None,
     entropy_coef: float,
     tis_cap: float | None,
@@ -316,8 +319,12 @@ def _resolve(
                 raise ValueError(f"policy_loss: {name} must be > 0 and finite, got {numbers[name]}")
 
     _choice("kl", kl, KLS)
-    if kl == "none" and ("ref_logp" in given or kl_coef is not None):
-        raise ValueError("policy_loss: ref_logp and kl_coef are not read with kl 'none'; choose k1, k2, k3, k1+ or k3+")
+    if kl == "none" and ("ref_logp" in given or kl_coef is not None or kl_ratio):
+        raise ValueError(
+            "policy_loss: ref_logp, kl_coef and kl_ratio are not read with kl 'none'; choose k1, k2, k3, k1+ or k3+"
+        )
+    if kl_ratio and form == "sequence":
+        raise ValueError("policy_loss: kl_ratio is the ratio of a token; form 'sequence' has none; leave it out")
     if kl != "none":
         need("ref_logp", f"kl {kl!r}")
         if kl_coef is None:
@@ -330,7 +337,9 @@ def _resolve(
     if tis != (tis_cap is not None):
         raise ValueError("policy_loss: behaviour_logp and tis_cap go together; give both or neither")
     if form == "vespo" and tis and tis_level != "token":
-        raise ValueError(f"policy_loss: form 'vespo' takes the weight of tokens into its own, got tis_level {tis_level!r}")
+        raise ValueError(
+            f"policy_loss: form 'vespo' takes the weight of tokens into its own, got tis_level {tis_level!r}"
+        )
     if tis_cap is not None and not tis_cap > 0:
         raise ValueError(f"policy_loss: tis_cap must be > 0, got {tis_cap}")
     over_sequences = works_on_sequences(form, {**numbers, "tis_cap": tis_cap, "tis_level": tis_level})
@@ -345,8 +354,9 @@ def _resolve(
         )
 
     numbers.update(
-        form=form, kl=kl, kl_coef=kl_coef or 0.0, entropy_coef=entropy_coef, tis=tis_level if tis else None,
-        tis_mode=tis_mode, tis_cap=math.inf if tis_cap is None else tis_cap, over_sequences=over_sequences,
+        form=form, kl=kl, kl_ratio=kl_ratio, kl_coef=kl_coef or 0.0, entropy_coef=entropy_coef,
+        tis=tis_level if tis else None, tis_mode=tis_mode,
+        tis_cap=math.inf if tis_cap is None else tis_cap, over_sequences=over_sequences,
     )  # fmt: skip
     edge = numbers.get("rover_clip")
     config = _C.PolicyLossConfig(
@@ -369,6 +379,7 @@ def _resolve(
         vespo_positive=(numbers.get("k_positive", 0.0), numbers.get("lambda_positive", 0.0)),
         vespo_negative=(numbers.get("k_negative", 0.0), numbers.get("lambda_negative", 0.0)),
         kl=KLS.index(kl),
+        kl_ratio=kl_ratio,
         kl_coef=numbers["kl_coef"],
         entropy_coef=entropy_coef,
         tis=LEVELS.index(tis_level) + 1 if tis else 0,
@@ -536,6 +547,8 @@ def _reference(
             kl = {"k1": d, "k2": k2, "k3": _k3(-d)}[o["kl"][:2]]
             if o["kl"].endswith("+"):
                 kl = k2 - k2.detach() + kl.detach()
+            if o["kl_ratio"]:
+                kl = kl * x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
             value = value + o["kl_coef"] * kl
             sums["kl"] = kl.sum()
         if entropy is not None:
