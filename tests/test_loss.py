@@ -9,7 +9,7 @@ from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
 from pymathrl.ops import IMPL
-from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref
+from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref, works_on_sequences
 from pymathrl.rollout import Engine
 from tests.tiny import tiny_policy
 
@@ -21,6 +21,8 @@ SPECS = {
     "weighted": LossSpec("weighted", terms={"weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2}),
     "sequence": LossSpec("sequence", terms={"sequence": "mean", "clip_low": 0.1, "clip_high": 0.1}),
     "rover": LossSpec("rover", terms={"rho": 1.0, "beta": 1.0}),
+    "rover-response": LossSpec("rover", terms={"rover_level": "response", "rho": 2.0}),
+    "vespo": LossSpec("vespo"),
 }
 
 
@@ -48,9 +50,9 @@ def naive(hidden, weight, targets, terms, spec, dtype):
     logps = torch.log_softmax(h @ w.T / 0.8, -1)
     logp = logps.gather(1, targets[:, None])[:, 0]
     extra = dict(spec.terms)
-    if spec.form == "rover":
+    if spec.form == "rover" and "rover_level" not in extra:
         extra |= dict(mean_logp=logps.mean(-1).detach(), old_mean_logp=terms.old_mean_logp.to(dtype), link=terms.link)
-    if spec.form == "sequence":
+    if works_on_sequences(spec.form, extra):
         extra |= dict(offsets=terms.offsets)
     if "entropy_coef" in extra:
         extra |= dict(entropy=-(logps.exp() * logps).sum(-1))

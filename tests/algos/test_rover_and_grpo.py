@@ -7,6 +7,7 @@ import torch
 
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY
+from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.rollout import Engine
 from tests.models.plain import plain_hidden
@@ -43,19 +44,28 @@ def rover_equations(x, a, m_new, m_old, last, rho, beta):
     return (rho * x - target.detach()).square().sum()
 
 
+def rover_response_equations(x, a, rows, rho):
+    """The share of one response in the mean over responses of (mean Q - A)^2."""
+    return (rho * x.mean() - a[0]).square() / rows
+
+
 def grpo_equations(x, a, lengths, rows, low, high):
     ratio = x.exp()
     objective = torch.minimum(ratio * a, ratio.clamp(1 - low, 1 + high) * a)
     return -(objective / lengths).sum() / rows
 
 
-@pytest.mark.parametrize("name", ["rover", "grpo"])
+@pytest.mark.parametrize("name", ["rover", "rover over responses", "grpo"])
 @pytest.mark.parametrize("budget", [10_000, 40])
 def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget):
     """The whole path (packing, micro-batches, fused head, kernels) against the paper's equations under autograd."""
     policy = tiny_policy(seed=3)
-    algo = REGISTRY[name]
-    config = algo.config(rho=0.7, beta=0.8) if name == "rover" else algo.config(clip_low=0.1, clip_high=0.15)
+    algo = REGISTRY[name.split()[0]]
+    config = algo.config(**{
+        "rover": {"rho": 0.7, "beta": 0.8},
+        "rover over responses": {"rho": 0.7, "rover_level": "response"},
+        "grpo": {"clip_low": 0.1, "clip_high": 0.15},
+    }[name])  # fmt: skip
     prompts = [policy.tokenizer.encode(text) for text in ("3 4 -> 7\n<think>", "12 5 9 -> 26\n<think>")]
     temperature = 0.9
     rollout = Engine(policy, seed=1).generate(prompts, 4, 10, temperature=temperature)
@@ -90,6 +100,8 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
             last[-1] = True
             mean = own.mean(-1)
             pieces.append(rover_equations(x, a, mean, rollout.mean_logp[at].double(), last, 0.7, 0.8) / mask.sum())
+        elif name == "rover over responses":
+            pieces.append(rover_response_equations(x, a, 8, 0.7))
         else:
             pieces.append(grpo_equations(x, a, len(x), 8, 0.1, 0.15))
     expected = torch.stack(pieces).sum()
@@ -98,6 +110,13 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, budget
     for n, p in weights.items():
         worst = float((got[n].double() - p.grad).norm() / p.grad.norm())
         assert worst < 2e-5, (n, worst)
+
+
+@pytest.mark.parametrize("other", [{"beta": 0.5}, {"rover_clip": 0.2}])
+def test_rover_over_responses_refuses_what_it_does_not_read(other):
+    algo = REGISTRY["rover"]
+    with pytest.raises(UserError, match="reads neither --beta nor --rover-clip"):
+        algo.loss(algo.config(rover_level="response", **other))
 
 
 def test_first_rover_update_is_twice_reinforce():
