@@ -44,6 +44,16 @@ class Optimizer:
             lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True,
         )  # fmt: skip
 
+    def restart(self, config: TrainConfig, total_updates: int) -> None:
+        """A new stage: its options and a schedule from its start; the moments go on, or begin anew."""
+        self.config, self.total_updates, self.updates = config, max(1, total_updates), 0
+        decays = (config.weight_decay, 0.0)
+        for group, decay in zip(self.adamw.param_groups, decays, strict=True):
+            betas = (config.adam_beta1, config.adam_beta2)
+            group.update(lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
+        if config.stage_optimizer == "fresh":
+            self.adamw.state.clear()
+
     def learning_rate(self) -> float:
         """The rate of the next step: linear warm-up, then constant, linear to 0 or half a cosine to 0."""
         c = self.config

@@ -22,13 +22,18 @@ batch. The released mathematics script also divides A by the group's standard de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
+from pymathrl.algos.common import SEQ_MEAN, group_scores
+from pymathrl.batch import Graded
 from pymathrl.errors import UserError
-from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage
 from pymathrl.options import at_least, option, positive
+
+if TYPE_CHECKING:
+    from pymathrl.context import Context
 
 
 @dataclass(frozen=True)
@@ -45,8 +50,8 @@ class Config:
     )  # fmt: skip
 
 
-def advantage(reward: Tensor, offsets: Tensor, tokens: Tensor, config: Config) -> GroupAdvantage:
-    return group_advantage(reward, offsets, centre="group_mean", scale=config.adv_scale)
+def advantage(ctx: Context, graded: Graded) -> Tensor:
+    return group_scores(graded, centre="group_mean", scale=ctx.own.adv_scale)
 
 
 def loss(config: Config) -> LossSpec:
@@ -54,7 +59,7 @@ def loss(config: Config) -> LossSpec:
         if config.beta != Config.beta or config.rover_clip:
             raise UserError("--rover-level response reads neither --beta nor --rover-clip; leave them out")
         terms = {"rover_level": "response", "rho": config.rho}
-        return LossSpec(form="rover", aggregation="seq-mean-token-mean", terms=terms)
+        return LossSpec(form="rover", aggregation=SEQ_MEAN, terms=terms)
     terms = {"rho": config.rho, "beta": config.beta, "rover_clip": config.rover_clip or None}
     return LossSpec(form="rover", aggregation="token-mean", terms=terms)
 

@@ -24,7 +24,7 @@ def aggregation_coef(
     tokens of the token's sequence, which must be whole within this call. max_length = Lmax, a constant of the run.
 
     mode                        c                    reads             used by
-    "token-mean"                1 / N_step           tokens            DAPO, CISPO, VESPO, SPO, ROVER, Lp-Reg, CURE, verl
+    "token-mean"                1 / N_step           tokens            DAPO, CISPO, VESPO, SPO, ROVER, Lp-Reg, CURE
     "seq-mean-token-sum"        1 / B_step           sequences         REINFORCE, RLOO, LUSPO
     "seq-mean-token-mean"       1 / (B_step L)       sequences         GRPO as published, GSPO, SAPO
     "dr_grpo"                   1 / (B_step Lmax)    sequences, Lmax   Dr. GRPO, TRL
