@@ -83,6 +83,9 @@ class Accelerator:
     def reduce(self, x: Tensor, reduction: str) -> Tensor:
         return x
 
+    def pad_across_processes(self, x: Tensor, dim: int, pad_index: float) -> Tensor:
+        return x
+
 
 def trainer(kind: type, data: Batch, rewards: int, **options: Any) -> Any:
     """A trainer of TRL at its own defaults whose sampler, models and reward functions return what `data` says."""
@@ -121,7 +124,7 @@ def trainer(kind: type, data: Batch, rewards: int, **options: Any) -> Any:
 
     def log_probs(model: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor, None]:
         values = model if isinstance(model, Tensor) else data.ref if model is t.ref_model else data.old
-        return values, torch.ones_like(values), None
+        return values, -values.detach(), None  # any entropies will do
 
     t._generate, t._get_per_token_logps_and_entropies = generate, log_probs
     t._calculate_rewards = lambda *_: data.reward[:, :rewards]
@@ -148,7 +151,8 @@ def theirs(
 def ours(
     data: Batch, advantage: Tensor, aggregation: str, *, double: bool = False, on_policy: bool = False, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """Loss and gradient of the same tokens, packed; in float64 by the reference, else by the kernel."""
+    """Loss and gradient of the same tokens, packed; in float64 by the reference, else by the kernel. advantage [B] or
+    [B, T]."""
     pack = lambda x: x[data.inside].to(torch.float64 if double else torch.float32)
     mask = data.tool[data.inside]
     coef = aggregation_coef(
@@ -160,8 +164,9 @@ def ours(
         options["ref_logp"] = pack(data.ref)
     if works_on_sequences(options["form"], options):
         options["offsets"] = data.offsets
+    each = pack(advantage.reshape(len(advantage), -1).expand_as(data.logp))
     out = policy_loss(
-        pack(data.logp), None if on_policy else pack(data.old), pack(advantage[:, None].expand_as(data.logp)),
+        pack(data.logp), None if on_policy else pack(data.old), each,
         coef.to(pack(data.logp).dtype), mask=mask, reference=double, **options,
     )  # fmt: skip
     return out.loss, out.grad_logp
@@ -277,6 +282,19 @@ def test_off_policy_mask_is_an_advantage_of_zero():
     compare(
         data, tuple(expected), torch.where(dropped, 0.0, advantage), "token-mean", **CLIP | ADD_ONS["kl by ratio"][1]
     )
+
+
+@pytest.mark.parametrize("name", ["dapo", "cispo", "sapo", "vespo"])
+def test_top_entropy_tokens_are_the_others_at_an_advantage_of_zero(name):
+    options, aggregation, mine = LOSSES[name]
+    data = draw(2)
+    more, extra = ADD_ONS["kl"]
+    advantage, *expected = theirs(GRPOTrainer, data, num_iterations=2, top_entropy_quantile=0.4, **options | more)
+    entropy, active = -data.logp, data.tool & data.inside
+    chosen = entropy >= torch.quantile(entropy[active].float(), 0.6)
+    assert 0.35 < float(chosen[active].float().mean()) < 0.45
+    each = torch.where(chosen, advantage[:, None], 0.0)
+    compare(data, tuple(expected), each, aggregation, **mine | extra)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.05])
