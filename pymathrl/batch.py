@@ -10,7 +10,7 @@ Rows of one group (the samples of one prompt) are contiguous. Nothing here is ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -223,6 +223,16 @@ class Rollout:
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fields as tensors and plain values, for a checkpoint; `Rollout.restore` takes them back."""
+        state = {name: value for name, value in vars(self).items() if value is not None}
+        return state | ({"soft_sampling": asdict(self.soft_sampling)} if self.soft_sampling is not None else {})
+
+    @staticmethod
+    def restore(state: Mapping[str, Any]) -> Rollout:
+        how = state.get("soft_sampling")
+        return Rollout(**{**state, "soft_sampling": None if how is None else SoftSampling(**how)})
 
     def validate(self) -> None:
         """Raises ValueError naming the field, what was expected and what was found."""

@@ -20,7 +20,7 @@ from pymathrl.config import TrainConfig
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.linear import linear_out
-from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
+from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, works_on_sequences
 from pymathrl.ops.soft_embed import SoftEmbed, SoftSampling, soft_embed, soft_embed_backward
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -43,18 +43,26 @@ class SoftTerms:
     sampling: SoftSampling
     table: Tensor
 
-    def part(self, begin: int, end: int) -> tuple[Tensor, Tensor] | None:
-        """(index in begin..end, counted from begin; inputs) of the soft tokens there; None where there is none."""
-        bounds = torch.searchsorted(self.index, torch.tensor([begin, end], device=self.index.device)).tolist()
-        piece = slice(*bounds)
-        return (self.index[piece] - begin, self.inputs[piece]) if bounds[0] < bounds[1] else None
+    def score(self, logits: Tensor, begin: int) -> tuple[Tensor, SoftEmbed] | None:
+        """logits [n,V] of tokens begin .. begin+n-1 -> (the rows of the soft tokens among them, what they were); None
+        where there is none."""
+        bounds = torch.tensor([begin, begin + logits.shape[0]], device=self.index.device)
+        piece, s = slice(*torch.searchsorted(self.index, bounds).tolist()), self.sampling
+        at = self.index[piece] - begin
+        if not at.numel():
+            return None
+        return at, soft_embed(
+            logits[at], self.table.detach(), temperature=s.temperature, sigma=s.sigma, top_k=s.top_k,
+            inputs=self.inputs[piece],
+        )  # fmt: skip
 
-    def score(self, logits: Tensor, inputs: Tensor) -> SoftEmbed:
-        s = self.sampling
-        table = self.table.detach()
-        return soft_embed(
-            logits, table, temperature=s.temperature, sigma=s.sigma, top_k=s.top_k, inputs=inputs.contiguous()
+    def gradient(self, scored: SoftEmbed, grad_logp: Tensor, grad_table: Tensor) -> Tensor:
+        """The gradient of the logits; that of the table is added to `grad_table`."""
+        dlogits, shares = soft_embed_backward(
+            scored, self.table.detach(), grad_logp, temperature=self.sampling.temperature, sigma=self.sampling.sigma
         )
+        grad_table.addmm_(scored.weights.t().to(grad_table.dtype), shares)
+        return dlogits
 
 
 def soft_terms(rollout: Rollout, tokens: Tensor, table: Tensor) -> SoftTerms | None:
@@ -73,7 +81,7 @@ class TokenTerms:
     old_logp, advantage, coef  fp32 [N]   coef: share of the token in the loss (normaliser and weights)
     old_mean_logp              fp32 [N]   form "rover": the sampler's mean log-prob
     link                       uint8 [N]  form "rover": 1 where row n+1 is the next token of the same sequence
-    offsets                    int64 [S+1] form "sequence": rows of each sequence
+    offsets                    int64 [S+1] a loss that `works_on_sequences`: rows of each sequence
     support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
                                that each token was drawn from; the distribution is renormalised over them
     soft                       where there are soft tokens: their log-prob is the density of their vector, their entropy
@@ -131,7 +139,7 @@ def fused_policy_loss(
     Both gradients are computed here, in the forward pass, and only scaled in the backward. `chunk_rows` (default: what
     fits the workspace) changes memory and speed, not the result beyond fp32 rounding of the head's gradient.
     Chunks go from the last row to the first, so that ROVER's target, which looks one token ahead, finds it computed.
-    A sequence-level form needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
+    A loss over sequences needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
     """
     if terms.soft is not None and spec.terms.get("entropy_coef"):
         raise ValueError("fused_policy_loss: soft tokens have no entropy bonus; expected entropy_coef 0")
@@ -159,6 +167,7 @@ class _FusedHead(torch.autograd.Function):
         logp, entropy, mean_logp = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         workspace = torch.empty(min(n, chunk_rows), vocab, dtype=torch.float32, device=hidden.device)
         starts = list(range(0, n, chunk_rows))[::-1]
+        over_sequences = works_on_sequences(spec.form, spec.terms)
 
         def scores(begin: int, end: int) -> tuple[Tensor, Tensor, tuple[Tensor, SoftEmbed] | None]:
             logits = linear_out(hidden[begin:end], weight, workspace[: end - begin])
@@ -166,26 +175,25 @@ class _FusedHead(torch.autograd.Function):
                 keep_support(logits, terms.support, begin)
             row = token_logprob(logits, targets[begin:end], temperature=temperature)
             logp[begin:end], entropy[begin:end], mean_logp[begin:end] = row.logp, row.entropy, row.mean_logp
-            part = None if terms.soft is None else terms.soft.part(begin, end)
-            if terms.soft is None or part is None:
-                return logits, row.lse, None
-            at, soft = part[0], terms.soft.score(logits[part[0]], part[1])
-            logp[begin + at], entropy[begin + at], mean_logp[begin + at] = soft.logp, soft.entropy, soft.mean_logp
-            return logits, row.lse, (at, soft)
+            made = None if terms.soft is None else terms.soft.score(logits, begin)
+            if made is not None:
+                at, soft = begin + made[0], made[1]
+                logp[at], entropy[at], mean_logp[at] = soft.logp, soft.entropy, soft.mean_logp
+            return logits, row.lse, made
 
         def token_loss(begin: int, end: int) -> PolicyLoss:
             part = terms.rows(begin, end)
             extra = {**spec.terms, **part.extra}
-            if spec.form == "rover":
+            if spec.form == "rover" and spec.terms.get("rover_level") != "response":
                 extra |= dict(mean_logp=mean_logp[begin : end + 1], old_mean_logp=part.old_mean_logp, link=part.link)
-            elif spec.form == "sequence":
+            if over_sequences:
                 extra |= dict(offsets=terms.offsets)
             if extra.get("entropy_coef"):
                 extra |= dict(entropy=entropy[begin:end])
             return policy_loss(logp[begin:end], part.old_logp, part.advantage, part.coef, form=spec.form, **extra)
 
         whole = None
-        if spec.form == "sequence" and len(starts) > 1:
+        if over_sequences and len(starts) > 1:
             for begin in starts:
                 scores(begin, min(n, begin + chunk_rows))
             whole = token_loss(0, n)
@@ -193,7 +201,7 @@ class _FusedHead(torch.autograd.Function):
         stats = [] if whole is None else [whole.stats]
         for begin in starts:
             end = min(n, begin + chunk_rows)
-            logits, lse, soft = scores(begin, end)
+            logits, lse, made = scores(begin, end)
             if whole is None:
                 out = token_loss(begin, end)
                 loss, grad_logp, grad_entropy = loss + out.loss, out.grad_logp, out.grad_entropy
@@ -201,18 +209,13 @@ class _FusedHead(torch.autograd.Function):
             else:
                 grad_logp = whole.grad_logp[begin:end]
                 grad_entropy = None if whole.grad_entropy is None else whole.grad_entropy[begin:end]
-            if soft is not None:
-                soft_grad, grad_logp = grad_logp[soft[0]], grad_logp.index_fill(0, soft[0], 0.0)
+            if made is not None:
+                soft_grad, grad_logp = grad_logp[made[0]], grad_logp.index_fill(0, made[0], 0.0)
             token_logprob_backward_(
                 logits, targets[begin:end], lse, entropy[begin:end], grad_logp, grad_entropy, temperature
             )
-            if soft is not None and terms.soft is not None and table is not None and grad_table is not None:
-                at, scored = soft
-                s = terms.soft.sampling
-                logits[at], shares = soft_embed_backward(
-                    scored, table.detach(), soft_grad, temperature=s.temperature, sigma=s.sigma
-                )
-                grad_table.addmm_(scored.weights.t().to(table.dtype), shares)
+            if made is not None and terms.soft is not None and grad_table is not None:
+                logits[made[0]] = terms.soft.gradient(made[1], soft_grad, grad_table)
             dlogits = logits.to(weight.dtype)
             torch.mm(dlogits, weight, out=grad_hidden[begin:end])
             grad_weight.addmm_(dlogits.t(), hidden[begin:end])

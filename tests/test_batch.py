@@ -165,6 +165,11 @@ def test_soft_tokens_keep_their_vectors() -> None:
     assert joined.soft is not None and joined.soft.nonzero()[:, 0].tolist() == [15, 16, 18, 25]
     assert joined.soft_inputs is not None and joined.soft_inputs[:, 0].tolist() == [3, 4, 6, 6]
     assert Rollout.concat([SMALL, SMALL]).soft is None
+    state = SOFT.state_dict()
+    assert all(isinstance(value, torch.Tensor) or name == "soft_sampling" for name, value in state.items())
+    assert state["soft_sampling"] == {"temperature": 0.5, "sigma": 0.1, "top_k": 0}
+    assert Rollout.restore(state).soft_sampling == SOFT.soft_sampling
+    assert Rollout.restore(FILTERED.state_dict()).soft is None
     (micro,) = micro_batches(SOFT, [1, 0], 100)
     assert micro.inputs is not None  # token 6 is row 1's last and is not fed, nor is token 4
     assert micro.ids[micro.inputs[0]].tolist() == [13] and micro.inputs[1].tolist() == [[3.0, 3.5]]

@@ -580,7 +580,7 @@ class Engine:
         self._feed(slots, ahead=k - 1)
         self._load(slots, step.rows)
         soft = self._makes_soft(sampling)
-        self._grow_ring(k, soft)
+        self._grow_ring(k, step.rows if soft else 0)
         supports = []
         for j in range(k):
             step.run()
@@ -689,9 +689,10 @@ class Engine:
             return rows
         return next((size for size in GRAPH_ROWS if size >= rows), -(-rows // 64) * 64)
 
-    def _grow_ring(self, k: int, soft: bool) -> None:
-        if soft and (len(self._ring_inputs) < k or self._ring_inputs.shape[1] < self._buffers.rows):
-            self._ring_inputs = self._buffers.stream.new_zeros(k, *self._buffers.stream.shape)
+    def _grow_ring(self, k: int, soft_rows: int) -> None:
+        have, inputs = self._ring_inputs.shape, self._buffers.stream
+        if soft_rows and (have[0] < k or have[1] < soft_rows):
+            self._ring_inputs = inputs.new_zeros(max(k, have[0]), max(soft_rows, have[1]), inputs.shape[1])
         if len(self._ring_ids) < k or self._ring_ids.shape[1] < self._buffers.rows:
             self._ring_ids = torch.zeros(k, self._buffers.rows, dtype=torch.int64, device=self.device)
             self._ring_numbers = torch.zeros(k, 4 * self._buffers.rows, device=self.device)
