@@ -106,8 +106,10 @@ class Filter:
         c = self.carry
         if c is None:
             return {}
-        return {"rollout": c.rollout.state_dict(), "uids": [p.uid for p in c.problems], "reward": c.reward, "correct": c.correct,
-                "extra": dict(c.extra), "step": self.carry_step}  # fmt: skip
+        return {
+            "rollout": c.rollout.state_dict(), "uids": [p.uid for p in c.problems], "reward": c.reward,
+            "correct": c.correct, "extra": dict(c.extra), "step": self.carry_step,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.carry, self.carry_step = None, -1
