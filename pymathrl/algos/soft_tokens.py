@@ -19,6 +19,10 @@ Published: 2 prompts x 32 samples, one update per batch, AdamW at 3e-6 to 8e-6, 
 of 128 (GSM8K) or 512 tokens: --prompts-per-step 2 --samples-per-prompt 32 --lr 6e-6 --lr-schedule cosine
 --warmup-steps 20. Its best results train soft or fuzzy and decode ordinary tokens, as evaluations do here.
 
+The score of a soft token is eps / sigma: on the built-in model its gradient has 27 times the norm of an ordinary
+chain's (3,800 against 140 at the first steps), nearly all of it noise. At the 4e-4 that suits ordinary chains there 20
+steps took pass@1 from 26.0 to 9.2 %; at 3e-5 and at 6e-6, the default here, it stayed (26.3 and 26.6 %).
+
 Decided here, where the paper is silent: sigma = 0.33 rms with rms over all numbers of E (its noise is then about a
 third of an embedding; --rms-mode row takes the norm of a row instead, sqrt(D) times as much), taken when the run begins
 and kept; the phrase that is put in has no loss; a chain that ends in an end token is a response without an answer. At
@@ -67,6 +71,13 @@ class Config:
     cot_prefill: str = option("auto", "text put before the answer; auto: <answer>, else the paper's '\\boxed{'")
     reward_right: float = option(100.0, "reward of a right answer (paper: 100)")
     reward_wrong: float = option(10.0, "reward of an answer that is wrong (paper: 10)")
+
+
+def check(train: Any, own: Config) -> None:
+    if train.entropy_coef and own.cot_mode != "hard":
+        raise UserError(
+            f"--entropy-coef: soft tokens have no entropy bonus, got {train.entropy_coef}; use --cot-mode hard or 0"
+        )
 
 
 class Noise:
@@ -146,6 +157,7 @@ ALGO = Algo(
     advantage=advantage,
     loss=loss,
     defaults={"minibatches": 1, "lr": 6e-6},
+    check=check,
     memory=Noise,
     rollout=rollout,
     judge=judge,

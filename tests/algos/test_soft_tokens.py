@@ -183,6 +183,12 @@ def test_a_run_in_each_mode_and_its_resume(mode: str, tmp_path) -> None:
     assert len(metrics) == 4 and all("cot/stopped" in m for m in metrics)
 
 
+def test_an_entropy_bonus_is_refused_where_it_has_no_meaning() -> None:
+    with pytest.raises(UserError, match="soft tokens have no entropy bonus"):
+        context("soft_tokens", "--entropy-coef", "0.01")
+    context("soft_tokens", "--entropy-coef", "0.01", "--cot-mode", "hard")
+
+
 def test_no_room_for_a_chain_is_said() -> None:
     ctx = context("soft_tokens")
     with pytest.raises(UserError, match="--max-new-tokens 14 leaves no room"):
