@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 import pymathrl
@@ -265,3 +267,50 @@ def test_errors(policy: Policy) -> None:
             policy.model, batch, [0], LossSpec("weighted", terms={"entropy_coef": 0.1}), temperature=1.0,
             token_budget=99, max_new_tokens=9,
         )  # fmt: skip
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(st.tuples(st.sampled_from(["soft", "hard", "forced", "fork", "back"]), st.integers(0, 99)), max_size=14),
+    st.integers(5, 9),
+    st.sampled_from([1, 2, 512]),
+)
+def test_random_lives(actions: list[tuple[str, int]], max_pages: int, max_batch: int) -> None:
+    """Of sequences over a cache that is too small for them; each plan is replayed by passes over whole sequences."""
+    torch.set_num_threads(1)
+    policy = sharp_policy()
+    engine = Engine(policy, SEED, max_batch=max_batch, max_pages=max_pages)
+    seqs = engine.start(PROMPTS[:2], uids=[0, 1])
+    live = {seq: (row, PROMPTS[row], [], []) for row, seq in enumerate(seqs)}  # uid, prompt, plan, (snapshot, steps)
+    for name, a in actions:
+        some = [seq for i, seq in enumerate(live) if (a >> i) % 2 == 0 and len(engine.tokens(seq)) < 70]
+        if name in ("soft", "hard") and some:
+            count = 1 + a % 9
+            engine.segment(some, count, stop_ids=(), soft=SOFT if name == "soft" else None)
+            for seq in some:
+                live[seq][2].append((name, count))
+        elif name == "forced" and some:
+            engine.append(some[0], [3 + a % 20])
+            live[some[0]][2].append((name, 3 + a % 20))
+        elif name == "fork" and some and len(live) < 5:
+            (copy,) = engine.fork(some[0], 1, uids=[live[some[0]][0]])  # the same uid: its replay is the source's
+            live[copy] = (live[some[0]][0], live[some[0]][1], list(live[some[0]][2]), [])
+        elif name == "back" and some:
+            _, _, plan, points = live[some[0]]
+            if points and a % 2:
+                point, steps = points.pop()
+                engine.rollback(some[0], point)
+                del plan[steps:]
+            else:
+                points.append((engine.snapshot(some[0]), len(plan)))
+    for seq, (uid, prompt, plan, _) in live.items():
+        one = engine.rollout([seq])
+        one.validate()
+        if not any(name != "forced" for name, _ in plan):
+            continue
+        ids, fed, numbers = naive(policy, prompt, uid, plan)
+        assert one.ids.tolist() == ids
+        assert_same(fed_vectors(policy, one), fed)
+        assert_same(torch.stack([getattr(one, name)[one.sampled_mask] for name in FIELDS]), numbers)
+    engine.free(list(live))
+    assert_no_pages(engine)
