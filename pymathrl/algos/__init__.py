@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover
+from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -11,6 +11,7 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

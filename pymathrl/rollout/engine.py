@@ -324,8 +324,9 @@ class Engine:
     def segment(
         self,
         seqs: Sequence[int],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
+        seed: int | None = None,
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         keep_stop: bool = True,
@@ -339,21 +340,25 @@ class Engine:
         """Draws for each sequence until it stops, and says why: "eos", "string", "length" or "deadline". All stay live
         and can go on.
 
-        max_new_tokens, stop_ids, stop_strings, hook: as in `generate`. keep_stop False: a stop token, or the tokens
-        from the one on that begins the stop string, are taken back. deadline_s: seconds from now.
+        max_new_tokens: one for all, or one per sequence. seed, stop_ids, stop_strings, hook: as in `generate`.
+        keep_stop False: a stop token, or the tokens from the one on that begins the stop string, are taken back.
+        deadline_s: seconds from now.
         """
         slots = self._check(seqs)
-        if max_new_tokens < 1:
-            raise ValueError(f"segment: max_new_tokens must be >= 1, got {max_new_tokens}")
-        self._check_length(int(self._length[slots].max()), max_new_tokens)
+        limits = [max_new_tokens] * len(seqs) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(limits) != len(seqs) or min(limits) < 1:
+            raise ValueError(f"segment: max_new_tokens must be >= 1, one or {len(seqs)} of them, got {max_new_tokens}")
+        most = torch.tensor(limits)
+        longest = int((self._length[slots] + most).argmax())
+        self._check_length(int(self._length[slots[longest]]), limits[longest])
         ends = replace(
             _Ends.of(self.policy, stop_ids, stop_strings), keep=keep_stop,
             deadline=None if deadline_s is None else time.monotonic() + deadline_s,
         )  # fmt: skip
         self._stop[slots] = STOP_NONE
         self._run(
-            slots, self._length[slots] + max_new_tokens, ends, Sampling(temperature, top_k, top_p, min_p),
-            self.seed, keep_pages=True, hook=hook,
+            slots, self._length[slots] + most, ends, Sampling(temperature, top_k, top_p, min_p),
+            self.seed if seed is None else seed, keep_pages=True, hook=hook,
         )  # fmt: skip
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
 
