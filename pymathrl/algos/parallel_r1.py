@@ -30,8 +30,9 @@ response; a block cut off by the length limit stays open; any number of paths. A
 </Path>, as in the code, and is then not trained.
 
 Ours: --open. A model that was not fine-tuned on such traces never writes <Parallel>; `always` opens a block at the
-start of each response, in training and in evaluations. The built-in model writes the blocks with tokens that it knows:
-newlines for <Parallel> and </Parallel>, <think> and </think> around paths and summary.
+start of each response, in training and in evaluations. For the built-in model a block opens with a newline and has no
+closing tag; its paths are thoughts, <think> ... </think>, and its summary is the answer, <answer> ... </answer>: the
+texts that it knows.
 """
 
 from __future__ import annotations
@@ -61,13 +62,11 @@ PERIOD, TIERED = 10, 2  # of ten steps of `alternating`, the last two are tiered
 
 @dataclass(frozen=True)
 class Tags:
-    """block, path, summary: (opening, closing) text; join: between the block and its summary. odd: texts that stand
-    nowhere but in a well-formed block."""
+    """block, path, summary: (opening, closing) text. odd: texts that stand nowhere but in a well-formed block."""
 
     block: tuple[str, str]
     path: tuple[str, str]
     summary: tuple[str, str]
-    join: str
     odd: tuple[str, ...]
 
     def count(self, text: str) -> tuple[int, bool]:
@@ -80,9 +79,11 @@ class Tags:
         return blocks, not any(tag in rest for tag in self.odd)
 
 
-_WORDS = [(f"<{name}>", f"</{name}>") for name in ("Parallel", "Path", "Summary")]
-WORDS = Tags(*_WORDS, join="\n", odd=tuple(tag for pair in _WORDS for tag in pair))
-COMPACT = Tags(("\n", "\n"), ("<think>", "</think>"), ("<think>", "</think>"), join="", odd=("\n", "<think>"))
+WORDS = Tags(
+    ("<Parallel>", "</Parallel>\n"), ("<Path>", "</Path>"), ("<Summary>", "</Summary>"),
+    odd=("<Parallel>", "</Parallel>", "<Path>", "</Path>", "<Summary>", "</Summary>"),
+)  # fmt: skip
+COMPACT = Tags(("\n", ""), ("<think>", "</think>"), ("<answer>", "</answer>"), odd=("\n", "<think>"))
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,12 @@ class Config:
 
 @dataclass
 class _Response:
-    """A response in the making, or a branch of it. limit: of the sequence's tokens. stop: None while it goes on."""
+    """A response in the making, or a branch of it. length: of the sequence in tokens, at most `limit`. stop: None while
+    it goes on."""
 
     seq: int
     uid: int
+    length: int
     limit: int
     branches: list[int] = field(default_factory=list)
     blocks: int = 0
@@ -115,26 +118,26 @@ class _Response:
 class _Writer:
     """Writes the responses of one call, all side by side: text up to a block, its paths, its summary, and so on."""
 
-    def __init__(self, ctx: Context, prompts: Prompts, draws: Draws) -> None:
-        self.ctx, self.engine, self.draws = ctx, ctx.engine, draws
+    def __init__(self, ctx: Context, prompts: Prompts, draws: Draws, always: bool) -> None:
+        self.ctx, self.engine, self.draws, self.always = ctx, ctx.engine, draws, always
         self.tags = tags_of(ctx)
         uids = draws.uids(prompts.problems).tolist()
         if max(uids) >= 2**62 // WAYS:
             raise UserError(
-                "parallel_r1: problem numbers must be below 2^40, for each path has random numbers of its own"
+                "parallel_r1: expected problem numbers below 2^40, as each path has random numbers of its own"
             )
-        ids = [p for p in prompts.ids for _ in range(draws.samples)]
-        self.rows = [
-            _Response(seq, uid, len(prompt) + draws.max_new_tokens)
-            for seq, uid, prompt in zip(self.engine.start(ids, uids), uids, ids, strict=True)
-        ]
+        roots = self.engine.start(prompts.ids)
+        for root in roots if always else ():
+            self.engine.append(root, ctx.tokens(self.tags.block[0]))
+        seqs = self.engine.fork(roots, draws.samples, uids)
+        length = [n for n in self.engine.lengths(roots) for _ in range(draws.samples)]
+        limit = [len(ids) + draws.max_new_tokens for ids in prompts.ids for _ in range(draws.samples)]
+        self.engine.free(roots)
+        self.rows = [_Response(*values) for values in zip(seqs, uids, length, limit, strict=True)]
 
-    def write(self, always: bool) -> Rollout:
+    def write(self) -> Rollout:
         try:
-            opening = self.ctx.tokens(self.tags.block[0])
-            for r in self.rows if always else ():
-                self._force(r, opening)
-            opened, capped = (self.rows if always else []), set[int]()
+            opened, capped = (self.rows if self.always else []), set[int]()
             while True:
                 self._block([r for r in opened if r.stop is None])
                 going = [r for r in self.rows if r.stop is None]
@@ -143,30 +146,32 @@ class _Writer:
                 free, full = ([r for r in going if (r.blocks < BLOCKS) == below] for below in (True, False))
                 closed = self._draw(free, self.tags.block[0])
                 opened = [r for r in free if r.seq in closed]
-                self._draw(full, None, hook=self._forbid(opening))
+                self._draw(full, None, hook=self._forbid(self.ctx.tokens(self.tags.block[0])))
                 capped |= {r.seq for r in full}
         finally:
             self.engine.free([seq for r in self.rows for seq in (r.seq, *r.branches)])
 
     def _block(self, opened: list[_Response]) -> None:
         """Paths and summary of these responses, whose block was just opened."""
+        if not opened:
+            return
         engine, n, (begin, end) = self.engine, self.ctx.own.paths, self.tags.path
-        forks = []
-        for r in opened:
-            new = engine.fork(r.seq, n - 1, [-1 - (r.uid * WAYS + r.blocks * n + k) for k in range(1, n)])
-            r.branches += new
+        uids = [-1 - (r.uid * WAYS + r.blocks * n + k) for r in opened for k in range(1, n)]
+        branches = iter(engine.fork([r.seq for r in opened], n - 1, uids))
+        forks = [(r, r.length, [replace(r, seq=next(branches)) for _ in range(1, n)]) for r in opened]
+        for r, _, others in forks:
+            r.branches += [p.seq for p in others]
             r.blocks += 1
-            forks.append((r, len(engine.tokens(r.seq)), [replace(r, seq=seq) for seq in new]))
-        every = [p for r, _, others in forks for p in (r, *others)]
-        for p in every:
-            self._force(p, self.ctx.tokens(begin))
-        closed = self._draw([p for p in every if p.stop is None], end, most=self.ctx.own.path_tokens)
+            for p in (r, *others):
+                self._force(p, self.ctx.tokens(begin))
+        every = [p for r, _, others in forks for p in (r, *others) if p.stop is None]
+        closed = self._draw(every, end, most=self.ctx.own.path_tokens)
+        closing, summary = self.ctx.tokens(end), self.ctx.tokens(self.tags.block[1] + self.tags.summary[0])
         for r, start, others in forks:
-            self._force(r, [] if r.seq in closed else self.ctx.tokens(end))
+            joined = [] if r.seq in closed else [*closing]
             for p in others:
-                path = engine.tokens(p.seq)[start:]
-                self._force(r, path if p.seq in closed else path + self.ctx.tokens(end))
-            self._force(r, self.ctx.tokens(self.tags.block[1] + self.tags.join + self.tags.summary[0]))
+                joined += engine.tokens(p.seq)[start:] + ([] if p.seq in closed else closing)
+            self._force(r, joined + summary)
         self._draw([r for r in opened if r.stop is None], self.tags.summary[1])
 
     def _draw(
@@ -177,31 +182,31 @@ class _Writer:
         if not rows:
             return set()
         engine, seqs = self.engine, [r.seq for r in rows]
-        room = [min(r.limit - len(engine.tokens(r.seq)), most or r.limit) for r in rows]
+        room = [min(r.limit - r.length, most or r.limit) for r in rows]
         ids = [] if closing is None else self.ctx.tokens(closing)
         ends: dict[str, Any] = {"stop_ids": (*self.ctx.policy.eos_ids, *ids)} if len(ids) == 1 else {}
         if len(ids) > 1:
             ends["stop_strings"] = [closing]
         why = engine.segment(seqs, room, seed=self.draws.seed, hook=hook, **ends, **self.draws.sampling)
         closed = set()
-        for r, reason in zip(rows, why, strict=True):
-            tokens = engine.tokens(r.seq)
-            if reason == "string" or (reason == "eos" and tokens[-1:] == ids):
+        for r, reason, length in zip(rows, why, engine.lengths(seqs), strict=True):
+            r.length = length
+            if reason == "string" or (reason == "eos" and engine.tokens(r.seq)[-1:] == ids):
                 closed.add(r.seq)
-                if len(tokens) == r.limit:
-                    r.stop = STOP_LENGTH
+                r.stop = STOP_LENGTH if length == r.limit else None
             elif most is None:
                 r.stop = STOP_EOS if reason == "eos" else STOP_LENGTH
             elif reason == "eos":
-                engine.rollback(r.seq, replace(engine.snapshot(r.seq), length=len(tokens) - 1))
+                r.length -= 1
+                engine.rollback(r.seq, replace(engine.snapshot(r.seq), length=r.length))
         return closed
 
     def _force(self, r: _Response, ids: list[int]) -> None:
-        """Puts tokens in, as far as there is room, unless the response has stopped."""
-        room = r.limit - len(self.engine.tokens(r.seq))
-        if r.stop is None:
-            self.engine.append(r.seq, ids[:room])
-            r.stop = STOP_LENGTH if len(ids) >= room else None
+        """Puts tokens in, as far as there is room; a response that is full has stopped."""
+        ids = ids[: r.limit - r.length]
+        self.engine.append(r.seq, ids)
+        r.length += len(ids)
+        r.stop = STOP_LENGTH if r.length == r.limit else r.stop
 
     def _forbid(self, opening: list[int]) -> Any:
         """A hook that rules out the token which would complete <Parallel>."""
@@ -241,7 +246,7 @@ def tags_of(ctx: Context) -> Tags:
 
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     always = ctx.own.open == "always" or (ctx.own.open == "auto" and ctx.policy.prompt_style == "compact")
-    return _Writer(ctx, prompts, draws).write(always)
+    return _Writer(ctx, prompts, draws, always).write()
 
 
 def reward_of(kind: str, bonus: float, step: int, correct: bool, blocks: int, sound: bool) -> float:

@@ -263,15 +263,18 @@ class Engine:
         return self._hand_out(self._new(prompts, self._uids(len(prompts), uids)))
 
     @_outside_autograd
-    def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
-        """n copies of a sequence, which goes on too. They share its pages until one of them writes."""
+    def fork(self, seq: int | Sequence[int], n: int, uids: Sequence[int] | None = None) -> list[int]:
+        """n copies of a sequence, or of each of several, one sequence's after the other's. It goes on too; they share
+        its pages until one of them writes."""
         if n < 1:
             raise ValueError(f"fork: n must be >= 1, got {n}")
-        slot = self._check([seq]).repeat(n)
-        self._make_room(slot[:1], -1)
-        self._feed(slot[:1])
-        copies = self._copy(slot, self._uids(n, uids))
-        self._pages.share(slot, copies)
+        slots = self._check([seq] if isinstance(seq, int) else seq)
+        for start in range(0, slots.numel(), self.max_batch):  # what finds no room is fed before its next draw
+            part = slots[start : start + self.max_batch]
+            self._feed(part[: self._make_room(part, -1)])
+        source = slots.repeat_interleave(n)
+        copies = self._copy(source, self._uids(source.numel(), uids))
+        self._pages.share(source, copies)
         return self._hand_out(copies)
 
     @_outside_autograd
@@ -385,6 +388,10 @@ class Engine:
         """Ends sequences: their handles mean nothing any more."""
         if seqs:
             self._release(self._check(seqs))
+
+    def lengths(self, seqs: Sequence[int]) -> list[int]:
+        """The tokens that each sequence has, prompt included."""
+        return self._length[self._check(seqs)].tolist()
 
     def tokens(self, seq: int) -> list[int]:
         """The token ids of a sequence, prompt included."""
