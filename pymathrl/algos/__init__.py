@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, rloo, rover
+from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -13,6 +13,7 @@ REGISTRY: dict[str, Algo] = {
     "rloo": rloo.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]
