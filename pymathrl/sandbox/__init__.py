@@ -92,6 +92,8 @@ class _Server:
         if answer["refused"]:
             self.close()
             raise _Refused(answer["refused"])
+        if config["namespaces"]:
+            os.rmdir(folder)  # the server has made a root of its own on it, and left it
         self.weaker = tuple(answer["weaker"])
 
     def ask(self, code: str, patience_s: float) -> Result | None:
@@ -171,7 +173,7 @@ class Sandbox:
         self._config = {"timeout_s": timeout_s, "memory_mb": memory_mb, "output_chars": output_chars,
                         "max_processes": max_processes, "scratch_mb": scratch_mb, "preload": list(preload),
                         "path": path, "readable": readable, "namespaces": use_namespaces}  # fmt: skip
-        self._lock = threading.Lock()
+        self._lock, self._closed = threading.Lock(), False
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sandbox")
         refused = "use_namespaces is False"
         if use_namespaces:
@@ -212,6 +214,8 @@ class Sandbox:
             if result is not None:
                 return result
             with self._lock:  # killed from outside, for want of memory perhaps: once more with a new one
+                if self._closed:
+                    return Result("Execution Error: the sandbox is closed", False, "sandbox", 0.0)
                 if self._server is server:
                     server.close()
                     try:
@@ -226,6 +230,8 @@ class Sandbox:
 
     def close(self) -> None:
         """Kills what still runs and removes every trace.  Closing twice is fine."""
+        with self._lock:
+            self._closed = True
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._server.close()
 

@@ -1,5 +1,5 @@
 """The process behind `pymathrl.sandbox.Sandbox`: a server that forks one fenced process for every run.  Run as a script,
-standard library only: it must not import pymathrl, whose torch would cost every fork its memory.
+standard library only: pymathrl would bring torch, and every fork would pay for its pages.
 
     server      imports what models use (numpy, sympy), hides the file system, gives up root, waits for requests
       supervisor   one for each run: new namespaces, reads the output in bounded memory, kills at the deadline
@@ -20,6 +20,7 @@ import gc
 import importlib
 import json
 import os
+import pathlib
 import platform
 import random
 import resource
@@ -104,8 +105,8 @@ def number(entry: str) -> int | None:
 
 # --- fences -----------------------------------------------------------------------------------------------------------
 def seccomp_program(denied: str, forks: bool) -> bytes:
-    """The BPF program of the filter: `denied` (a table as above) fails with EPERM, and so do clone into a namespace,
-    clone of a process unless `forks`, prlimit64 of another process and DENIED_ARGUMENT."""
+    """The BPF program of the filter: `denied` (a table as above) and DENIED_ARGUMENT fail with EPERM, and so do clone into
+    a namespace, clone of a process unless `forks`, and prlimit64 of another process."""
     ld, jeq, jge, jset, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
     program = [(ld, 0, 0, 4), (jeq, 1, 0, AUDIT_ARCH[platform.machine()]), (ret, 0, 0, kill), (ld, 0, 0, 0)]
@@ -150,10 +151,9 @@ def restrict_files(readable: list[str], scratch: str) -> None:
     ruleset = _call("syscall", LANDLOCK_CREATE, struct.pack("=Q", every), 8, 0)
     rules = [(p, read if os.path.isdir(p) else read & ~0b1000) for p in readable]
     for path, access in [*rules, ("/dev/null", 0b0110), ("/dev/urandom", 0b0100), (scratch, every)]:
-        with contextlib.suppress(PermissionError):  # root's own folders, after root was given up
-            fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            _call("syscall", LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", access, fd), 0)
-            os.close(fd)
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        _call("syscall", LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", access, fd), 0)
+        os.close(fd)
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     _call("syscall", LANDLOCK_RESTRICT, ruleset, 0)
     os.close(ruleset)
@@ -203,6 +203,12 @@ def hide_files(readable: list[str], folder: str) -> None:
     _call("syscall", MOUNT_SETATTR, -100, b"/", recursive, read_only_nosuid, 32)
 
 
+def closed_folder(paths: list[str]) -> str:
+    """The first folder on the way to `paths` that a stranger cannot enter and read, '' if there is none."""
+    folders = [folder for path in paths for folder in (path, *map(str, pathlib.Path(path).parents))]
+    return next((folder for folder in folders if os.stat(folder).st_mode & 0o005 != 0o005), "")
+
+
 def drop_root() -> None:
     """Root becomes nobody, and keeps its own /proc files, which it needs to name its ids in a user namespace."""
     if os.geteuid() == 0:
@@ -219,7 +225,7 @@ def drop_root() -> None:
 def shorten(text: str, chars: int) -> str:
     """The text, or its first and last chars/2 characters with '...' between."""
     half = chars // 2
-    return text if len(text) <= chars else text[:half] + "..." + text[len(text) - half :]
+    return text if len(text) <= chars else text[:half] + "..." + text[len(text) - (chars - half) :]
 
 
 class Ends:
@@ -273,7 +279,7 @@ def fence(cfg: dict[str, Any], scratch: str) -> None:
         resource.RLIMIT_MEMLOCK: 0,
     }
     if cfg["namespaces"]:  # elsewhere this limit counts every process of the user, and would stop at once
-        limits[resource.RLIMIT_NPROC] = cfg["max_processes"] + THREADS
+        limits[resource.RLIMIT_NPROC] = cfg["max_processes"] + THREADS + 1  # the supervisor counts too
     os.chdir(scratch)
     if not cfg["namespaces"] and landlock_abi():
         restrict_files(cfg["readable"], scratch)
@@ -414,15 +420,18 @@ def main(argument: str) -> None:
             else:
                 new_user_namespace(proc, others)
             hide_files(cfg["readable"], cfg["folder"])
+            drop_root()
         else:
             weaker.append("no namespaces: seccomp alone keeps other processes, the network and mounts out of reach")
             weaker.append("no quota: a run can fill the disk of the temporary folder with many files")
             if not landlock_abi():
                 weaker.append("no Landlock: files are as open to a run as to its user id")
             if os.geteuid() == 0:
-                os.chown(cfg["folder"], NOBODY, NOBODY)
-                weaker.append(f"modules in folders closed to uid {NOBODY} cannot be imported, unless preloaded")
-        drop_root()
+                if landlock_abi() and (closed := closed_folder(cfg["path"])):
+                    weaker.append(f"root without capabilities runs the code: uid {NOBODY} cannot import from {closed}")
+                else:
+                    os.chown(cfg["folder"], NOBODY, NOBODY)
+                    drop_root()
     except Refused as error:
         control.send(json.dumps({"refused": str(error)}).encode())
         return
