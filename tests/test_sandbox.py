@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -96,6 +97,7 @@ PRINTS = [
     ("def f():\n    return 7\nf()  # a comment", "7\n"),
     ("(1,\n 2)", "(1, 2)\n"),
     ("# nothing", ""),
+    ("def f(x: int): pass\nf.__annotations__", "{'x': <class 'int'>}\n"),
     ("", ""),
     ("if __name__ == '__main__':\n    print('main')", "main\n"),
     ("import sys\nprint('a')\nsys.exit()", "a\n"),
@@ -149,7 +151,7 @@ def test_an_error_gives_the_last_line_of_the_traceback(sandbox: Sandbox, code: s
     assert (result.output, result.ok, result.reason) == (output, False, "error")
 
 
-@pytest.mark.parametrize("code", ["print(1)\0", "\0", "x = '\ud800'", "(" * 10**4, "-" * 10**5 + "1", "def f(:\n" * 999])
+@pytest.mark.parametrize("code", ["print(1)\0", "\0", "x = '\ud800'", "(" * 10**4, "-" * 10**5 + "1", "f(:\n" * 999])
 def test_text_that_is_not_python_is_an_error_of_the_run(sandbox: Sandbox, code: str) -> None:
     result = sandbox.run(code)
     assert not result.ok and result.output and result.reason in ("error", "memory")
@@ -261,8 +263,8 @@ def test_with_namespaces_a_run_sees_only_its_own_world(sandbox: Sandbox, mode: s
     if mode == "weak":
         pytest.skip("the weak mode has no namespaces")
     code = "import os, socket\nprint(os.getpid(), os.getppid(), os.getuid(), os.getcwd(), os.listdir('.'))\n"
-    code += "print(os.path.exists('/proc'), os.path.exists('/sys'), os.path.exists('/home'), sorted(os.listdir('/dev')))"
-    assert sandbox.run(code).output == "1 0 1000 /tmp []\nFalse False False ['null', 'urandom']\n"
+    code += "print(os.path.exists('/proc'), os.path.exists('/home'), sorted(os.listdir('/dev')))"
+    assert sandbox.run(code).output == "1 0 1000 /tmp []\nFalse False ['null', 'urandom']\n"
     assert "No space left" in sandbox.run("for i in range(99): open(str(i), 'wb').write(bytes(1 << 20))").output
     assert "No space left" in sandbox.run("for i in range(9999): open(str(i), 'w')").output
 
@@ -270,8 +272,6 @@ def test_with_namespaces_a_run_sees_only_its_own_world(sandbox: Sandbox, mode: s
 def test_root_is_given_up(sandbox: Sandbox, mode: str) -> None:
     """The kernel's own view: the ids of a running run from outside, and its capabilities."""
     pid_before = set(processes(sandbox))
-    import threading
-
     thread = threading.Thread(target=sandbox.run, args=("import time\ntime.sleep(1)",))
     thread.start()
     seen: dict[int, str] = {}
@@ -321,7 +321,7 @@ def test_hanging_runs_end_at_the_deadline_and_hold_nothing_up(sandbox: Sandbox) 
 
 
 def test_huge_output_keeps_its_ends(sandbox: Sandbox) -> None:
-    result = sandbox.run("import sys\nprint('a' * 300, end='')\nfor i in range(3000): print('-' * 9999)\nprint('z' * 299)")
+    result = sandbox.run("print('a' * 300, end='')\nfor i in range(3000): print('-' * 9999)\nprint('z' * 299)")
     assert result.ok and result.output == "a" * 200 + "..." + "z" * 199 + "\n"
     assert sandbox.run("print('é' * 10**6)").output == "é" * 200 + "..." + "é" * 199 + "\n"
     assert sandbox.run("print('é' * 399)").output == "é" * 399 + "\n"
@@ -366,6 +366,68 @@ def test_forks_are_counted_and_die_with_their_run() -> None:
         assert {r.output for r in box.run_many([count] * 3)} == {f"{8 + child.THREADS - 1}\n"}
     with pytest.raises(UserError, match="max_processes above 1 needs namespaces, got 2"):
         make("weak", max_processes=2)
+
+
+# --- each fence by itself ---------------------------------------------------------------------------------------------
+MUTANTS = {  # a fence taken out of child.py: (mode, its line, what stands there instead, code, what it prints now)
+    "no memory limit": ("weak", "        resource.RLIMIT_AS:", "        resource.RLIMIT_CORE:",
+                        "len(bytearray(1 << 30))", "1073741824\n"),
+    "no file size": ("weak", 'cfg["scratch_mb"] * mib', "1 << 40", "len(bytes(1 << 25)) == open('b', 'wb').write("
+                     "bytes(1 << 25))", "True\n"),
+    "no filter": ("weak", "    restrict_syscalls(seccomp_program(", "    (seccomp_program(",
+                  "import socket\nbool(socket.socket())", "True\n"),
+    "no Landlock": ("weak", 'if not cfg["namespaces"] and landlock_abi()', "if False",
+                    "len(open('/proc/self/cmdline').read()) > 0", "True\n"),
+    "no root of its own": ("namespaces", 'hide_files(cfg["readable"], cfg["folder"])', "pass",
+                           "import os\nos.path.exists('/proc/self')", "True\n"),
+    "no process namespace": ("namespaces", "NEW_NS | NEW_PID | NEW_IPC)", "NEW_NS | NEW_IPC)",
+                             "import os\nos.getppid() > 1", "True\n"),
+    "descriptors left open": ("weak", "os.closerange(REPORT + 1, ", "max(0, ",
+                              "import os\nos.fstat(16) is not None", "True\n"),
+    "environment kept": ("weak", "os.environ.clear()", "pass", "import os\nlen(os.environ) > 0", "True\n"),
+    "capabilities kept": ("namespaces", '_call("capset"', '(lambda *_: 0)("capset"',
+                          LIBC + "b = ctypes.create_string_buffer(24)\n"
+                          "libc.capget(b'\\x22\\x05\\x08\\x20' + bytes(4), b)\nany(b.raw)", "True\n"),
+}  # fmt: skip
+
+
+def mutant(monkeypatch: pytest.MonkeyPatch, folder: Path, line: str, instead: str) -> None:
+    source = Path(child.__file__).read_text()
+    assert source.count(line) == 1
+    (folder / "child.py").write_text(source.replace(line, instead))
+    monkeypatch.setattr("pymathrl.sandbox._CHILD", folder / "child.py")
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_missing_fence_would_be_seen(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code of a case prints something else in the sandbox as it is, or is refused, and passes without the fence."""
+    mode_, line, instead, code, output = MUTANTS[name]
+    if name == "no Landlock" and not child.landlock_abi():
+        pytest.skip("this kernel has no Landlock")
+    with make(mode_, preload=()) as box:
+        assert box.run(code).output != output
+    mutant(monkeypatch, tmp_path, line, instead)
+    with make(mode_, preload=()) as box:
+        assert box.run(code).output == output
+
+
+def test_without_the_filter_namespaces_still_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, canary: subprocess.Popen
+) -> None:
+    """The second fence: every system call allowed, and still nothing outside is reached."""
+    mutant(monkeypatch, tmp_path, "    restrict_syscalls(seccomp_program(", "    (seccomp_program(")
+    with make("namespaces", preload=(), timeout_s=1.0) as box:
+        server = box._server.close.peek()[2][0]
+        box.run("import os\nos.kill(os.getppid(), 9)")  # 0: the process group, which is the run's own
+        box.run("import os\nos.kill(-1, 9)")
+        assert "Network is unreachable" in box.run("import socket\nsocket.create_connection(('1.1.1.1', 80))").output
+        assert box.run("import os\nwhile True:\n    try: os.fork()\n    except OSError: pass").reason == "timeout"
+        assert not box.run(LIBC + "r = libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)" + RAISE).ok
+        assert not box.run(LIBC + "r = libc.umount2(b'/tmp', 2)" + RAISE).ok
+        assert "Read-only" in box.run("import os\nos.mkdir('/outside')").output
+        assert box.run("import os\nos.chmod('/usr', 0)").output.startswith(("OSError: [Errno 30]", "PermissionError"))
+        assert canary.poll() is None and server.poll() is None
+        assert settles(lambda: len(processes(box)) == 1)
 
 
 # --- what is left -----------------------------------------------------------------------------------------------------
@@ -413,7 +475,7 @@ time.sleep(600)
 """
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     folder = owner.stdout.readline().strip()
-    lines = lambda: [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]  # noqa: E731
+    lines = lambda: [p.read_bytes() for p in Path("/proc").glob("[0-9]*/cmdline") if p.exists()]
     assert sum(folder.encode() in line for line in lines()) == 3
     owner.kill()
     owner.wait()
@@ -447,13 +509,13 @@ with Sandbox(preload=(), allow_weak=True) as box:
 
 
 def test_weak_is_not_taken_unasked() -> None:
-    with pytest.raises(UserError, match="use_namespaces is False.*allow_weak=True"):
+    with pytest.raises(UserError, match=r"use_namespaces is False.*allow_weak=True"):
         Sandbox(use_namespaces=False)
 
 
-@pytest.mark.parametrize(("option", "value"), [("timeout_s", 0.0), ("memory_mb", 0), ("output_chars", 1), ("workers", 0),
-                                               ("max_processes", 0), ("scratch_mb", 0)])  # fmt: skip
-def test_arguments_out_of_range_are_named(option: str, value: float) -> None:
+@pytest.mark.parametrize("option", ["timeout_s", "memory_mb", "output_chars", "workers", "max_processes", "scratch_mb"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_arguments_out_of_range_are_named(option: str, value: int) -> None:
     with pytest.raises(UserError, match=f"sandbox: {option} must be .*, got {value}"):
         Sandbox(**{option: value})
 

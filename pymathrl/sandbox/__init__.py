@@ -1,8 +1,8 @@
 """Execution of the code that a model writes: a process of its own for every run, fenced in and killed at a deadline.
 
     with Sandbox(timeout_s=5.0) as sandbox:
-        sandbox.run("import sympy\\nsympy.factorint(2**32 + 1)")   # Result(output='{641: 1, 6700417: 1}\\n', ok=True, ..)
-        sandbox.run("input()").output                              # 'RuntimeError: input(): lost sys.stdin'
+        sandbox.run("import sympy\\nsympy.factorint(2**32 + 1)")   # .output '{641: 1, 6700417: 1}\\n', .ok True
+        sandbox.run("input()")                                     # .output 'RuntimeError: input(): lost sys.stdin'
 
 A run sees: the standard library, the installed packages, an empty folder of its own, nothing of this process and no
 state of an earlier run.  numpy and sympy are loaded already (a run is a fork), `random` and `numpy.random` start from
@@ -34,12 +34,13 @@ from pymathrl.errors import UserError
 PRELOAD = ("math", "cmath", "itertools", "fractions", "decimal", "statistics", "heapq", "bisect", "datetime", "numpy",
            "numpy.random", "sympy")  # fmt: skip
 TAGS = ("interpreter", "code", "answer", "think", "tool_call", "tool_response")
+_CHILD = Path(__file__).with_name("child.py")
 _GRACE_S = 30.0  # beyond timeout_s, for a machine that is very busy, before the server counts as lost
 _HOW = (
     "; for a full sandbox allow user namespaces (sysctl user.max_user_namespaces > 0, on Debian and Ubuntu also "
     "kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; a container needs "
-    "CAP_SYS_ADMIN or a seccomp profile that lets unshare and mount pass), or pass allow_weak=True for the fences "
-    "that are left (seccomp, Landlock, resource limits)"
+    "CAP_SYS_ADMIN, and seccomp and AppArmor profiles that let unshare and mount pass), or pass allow_weak=True for "
+    "the fences that are left (seccomp, Landlock, resource limits)"
 )
 
 
@@ -56,8 +57,8 @@ class Result:
 
 
 def escape_tags(text: str, tags: Iterable[str] = TAGS) -> str:
-    """The text with the '<' of an opening or closing tag of `tags`, and of special tokens such as <|im_end|>, written as
-    '&lt;': what code prints cannot close the interpreter block or open one that is executed."""
+    """The text with the '<' of an opening or closing tag of `tags`, and of special tokens such as <|im_end|>, written
+    as '&lt;': what code prints cannot close the interpreter block or open one that is executed."""
     names = "|".join(map(re.escape, tags))
     return re.sub(rf"<(?=\||\s*/?\s*(?:{names})\s*>)", "&lt;", text, flags=re.IGNORECASE)
 
@@ -78,9 +79,9 @@ class _Server:
         environment |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}
         with theirs:
             process = subprocess.Popen(
-                [sys.executable, "-s", "-S", "-B", str(Path(__file__).with_name("child.py")),
+                [sys.executable, "-s", "-S", "-B", str(_CHILD),
                  json.dumps(config | {"folder": folder})],
-                stdin=theirs, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/",
+                stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/",
                 start_new_session=True,
             )  # fmt: skip
         self.close = weakref.finalize(self, _stop, process, self.socket, folder)

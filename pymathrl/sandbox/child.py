@@ -1,5 +1,5 @@
-"""The process behind `pymathrl.sandbox.Sandbox`: a server that forks one fenced process for every run.  Run as a script,
-standard library only: pymathrl would bring torch, and every fork would pay for its pages.
+"""The process behind `pymathrl.sandbox.Sandbox`: a server that forks one fenced process for every run.  It is run as a
+script and needs the standard library only: pymathrl would bring torch, and every fork would pay for its pages.
 
     server      imports what models use (numpy, sympy), hides the file system, gives up root, waits for requests
       supervisor   one for each run: new namespaces, reads the output in bounded memory, kills at the deadline
@@ -66,8 +66,8 @@ DENIED_WEAK = """
     removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, truncate 76 45, mkdir 83 -, mkdirat 258 34
 """
 # Denied by one argument: name, numbers, index of the argument, values.  fcntl and ioctl can have the kernel signal any
-# process of the user (F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP) or type on a terminal (TIOCSTI, TIOCLINUX);
-# prctl could switch off the death of a run with its supervisor (PR_SET_PDEATHSIG, PR_SET_DUMPABLE).
+# process of the user (F_SETOWN, F_SETSIG, F_SETOWN_EX; FIOSETOWN, SIOCSPGRP) or type on a terminal (TIOCSTI and
+# TIOCLINUX); prctl could switch off the death of a run with its supervisor (PR_SET_PDEATHSIG) or allow core files.
 DENIED_ARGUMENT = (
     ("fcntl 72 25", 1, (8, 10, 15)),
     ("ioctl 16 29", 1, (0x8901, 0x8902, 0x5412, 0x541C)),
@@ -105,8 +105,8 @@ def number(entry: str) -> int | None:
 
 # --- fences -----------------------------------------------------------------------------------------------------------
 def seccomp_program(denied: str, forks: bool) -> bytes:
-    """The BPF program of the filter: `denied` (a table as above) and DENIED_ARGUMENT fail with EPERM, and so do clone into
-    a namespace, clone of a process unless `forks`, and prlimit64 of another process."""
+    """The BPF program of the filter: `denied` (a table as above) and DENIED_ARGUMENT fail with EPERM, and so do clone
+    into a namespace, clone of a process unless `forks`, and prlimit64 of another process."""
     ld, jeq, jge, jset, ret = 0x20, 0x15, 0x35, 0x45, 0x06
     allow, eperm, enosys, kill = 0x7FFF0000, 0x00050001, 0x00050026, 0x80000000
     program = [(ld, 0, 0, 4), (jeq, 1, 0, AUDIT_ARCH[platform.machine()]), (ret, 0, 0, kill), (ld, 0, 0, 0)]
@@ -160,8 +160,8 @@ def restrict_files(readable: list[str], scratch: str) -> None:
 
 
 def new_user_namespace(proc: int, others: int) -> None:
-    """unshare(user namespace | others), with our ids mapped to INSIDE.  proc: a descriptor of /proc, which may be out of
-    sight by now.  Every run has a user namespace of its own, so RLIMIT_NPROC counts the tasks of this run alone."""
+    """unshare(user namespace | others), with our ids mapped to INSIDE.  proc: a descriptor of /proc, which may be out
+    of sight by now.  Every run has a user namespace of its own, so RLIMIT_NPROC counts the tasks of this run alone."""
     uid, gid = os.getuid(), os.getgid()
     _call("unshare", NEW_USER | others)
     lines = (("setgroups", "deny"), ("uid_map", f"{INSIDE} {uid} 1"), ("gid_map", f"{INSIDE} {gid} 1"))
@@ -250,17 +250,19 @@ def say(reason: str, text: str, chars: int) -> None:
 
 
 def interpret(code: str) -> None:
-    """Executes the code as a module __main__ of its own; a last line that is an expression is printed, as in a notebook,
-    unless it is None.  Nothing else of the code is touched."""
+    """Executes the code as a module __main__ of its own; a last line that is an expression is printed, as in a
+    notebook, unless it is None.  Nothing else is touched and nothing inherited, this file's `annotations` neither."""
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = __builtins__
     sys.modules["__main__"] = module
     tree = ast.parse(code, "<code>")
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "<code>", "exec"), module.__dict__)
-    if last is not None:
-        value = eval(compile(ast.Expression(last.value), "<code>", "eval"), module.__dict__)
-        if value is not None:
+    last = tree.body[-1] if tree.body else None
+    if isinstance(last, ast.Expr):
+        tree.body.pop()
+    exec(compile(tree, "<code>", "exec", dont_inherit=True), module.__dict__)
+    if isinstance(last, ast.Expr):
+        line = compile(ast.Expression(last.value), "<code>", "eval", dont_inherit=True)
+        if (value := eval(line, module.__dict__)) is not None:
             print(repr(value))
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
@@ -306,7 +308,7 @@ def run(code: str, scratch: str, out: int, err: int, cfg: dict[str, Any]) -> NoR
             os.dup2(fd, target)
         os.closerange(REPORT + 1, resource.getrlimit(resource.RLIMIT_NOFILE)[0])
         os.environ.clear()
-        sys.argv, sys.stdin, sys.__stdin__ = [""], None, None  # type: ignore[assignment,misc]
+        sys.argv, sys.stdin, sys.__stdin__ = [""], None, None  # type: ignore[misc]
         sys.stdout = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)  # noqa: SIM115
         fence(cfg, scratch)
         random.seed(0)  # equal code, equal output
@@ -364,7 +366,9 @@ def watch(pid: int, out: int, err: int, cfg: dict[str, Any]) -> dict[str, Any]:
         return {"output": ends[out].text(), "ok": True, "reason": "", "seconds": seconds}
     reason, _, text = ends[err].text().partition("\n")
     if reason not in ("error", "memory", "sandbox"):  # it ended without a report, or wrote there itself
-        reason, text = "error", f"SystemExit: {status}" if status > 0 else f"Killed by {signal.Signals(-status).name}"
+        names = {s.value: s.name for s in signal.Signals}  # not all: real-time signals have numbers only
+        killed = f"Killed by {names.get(-status, f'signal {-status}')}"
+        reason, text = "error", killed if status < 0 else f"SystemExit: {status}"
     return {"output": text, "ok": False, "reason": reason, "seconds": seconds}
 
 
@@ -423,7 +427,9 @@ def main(argument: str) -> None:
             drop_root()
         else:
             weaker.append("no namespaces: seccomp alone keeps other processes, the network and mounts out of reach")
-            weaker.append("no quota: a run can fill the disk of the temporary folder with many files")
+            weaker.append(
+                "no quota: a run can fill the disk of the temporary folder with many files (it cannot make folders)"
+            )
             if not landlock_abi():
                 weaker.append("no Landlock: files are as open to a run as to its user id")
             if os.geteuid() == 0:
