@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pymathrl.errors import UserError
 from pymathrl.sandbox import Result, Sandbox, child, escape_tags
 
-TIMEOUT_S = 3.0
+TIMEOUT_S = 4.0
 WEAK = {"allow_weak": True, "use_namespaces": False}
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the sandbox needs Linux")
 pytestmark = LINUX
@@ -34,18 +34,16 @@ def make(mode: str, **options: object) -> Sandbox:
         return Sandbox(**({"timeout_s": TIMEOUT_S} | (WEAK if mode == "weak" else {}) | options))
     except UserError as error:
         if mode == "namespaces":
-            pytest.skip(f"no namespaces here: {error}")
+            pytest.skip(f"no namespaces here: {str(error).partition(';')[0]}")
         raise
 
 
 @pytest.fixture(scope="module", params=["namespaces", "weak"])
 def sandbox(request: pytest.FixtureRequest):
-    before = os.environ.get("PYMATHRL_TEST_SECRET")
-    os.environ["PYMATHRL_TEST_SECRET"] = "hunter2"
-    with make(request.param, workers=8) as box:
-        yield box
-    del os.environ["PYMATHRL_TEST_SECRET"]
-    assert before is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYMATHRL_TEST_SECRET", "hunter2")
+        with make(request.param, memory_mb=128) as box:  # a bomb that fills more needs its time on a busy machine
+            yield box
 
 
 @pytest.fixture
@@ -203,8 +201,7 @@ HOSTILE = {
     "ptrace": (LIBC + "r = libc.ptrace(16, os.getppid(), 0, 0)" + RAISE, EPERM),
     "mount": (LIBC + "r = libc.mount(b'x', b'/tmp', b'tmpfs', 0, None)" + RAISE, EPERM),
     "umount": (LIBC + "r = libc.umount2(b'/tmp', 2)" + RAISE, EPERM),
-    "become root": (LIBC + "r = -1 if os.geteuid() == 0 and not libc.prctl(38, 0, 0, 0, 0) else libc.setuid(0)" + RAISE
-                    + "\nopen('/etc/outside', 'w')", EPERM + "|" + CLOSED + r"|OSError: \[Errno 22\]"),
+    "become root": (LIBC + "libc.setuid(0)\nopen('/etc/outside', 'w')", CLOSED),
     "new user namespace": (LIBC + "r = libc.unshare(0x10000000)" + RAISE, EPERM),
     "new namespace by clone": (LIBC + "r = libc.syscall(56 if os.uname().machine == 'x86_64' else 220, 0x10000011, "
                                "0, 0, 0, 0)" + RAISE, EPERM),
@@ -371,7 +368,7 @@ def test_forks_are_counted_and_die_with_their_run() -> None:
 # --- each fence by itself ---------------------------------------------------------------------------------------------
 MUTANTS = {  # a fence taken out of child.py: (mode, its line, what stands there instead, code, what it prints now)
     "no memory limit": ("weak", "        resource.RLIMIT_AS:", "        resource.RLIMIT_CORE:",
-                        "len(bytearray(1 << 30))", "1073741824\n"),
+                        "import mmap\nlen(mmap.mmap(-1, 1 << 30))", "1073741824\n"),
     "no file size": ("weak", 'cfg["scratch_mb"] * mib', "1 << 40", "len(bytes(1 << 25)) == open('b', 'wb').write("
                      "bytes(1 << 25))", "True\n"),
     "no filter": ("weak", "    restrict_syscalls(seccomp_program(", "    (seccomp_program(",

@@ -37,8 +37,8 @@ TAGS = ("interpreter", "code", "answer", "think", "tool_call", "tool_response")
 _CHILD = Path(__file__).with_name("child.py")
 _GRACE_S = 30.0  # beyond timeout_s, for a machine that is very busy, before the server counts as lost
 _HOW = (
-    "; for a full sandbox allow user namespaces (sysctl user.max_user_namespaces > 0, on Debian and Ubuntu also "
-    "kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; a container needs "
+    "; a full sandbox needs Linux 5.12 and user namespaces (sysctl user.max_user_namespaces > 0, on Debian and Ubuntu "
+    "also kernel.unprivileged_userns_clone=1 or kernel.apparmor_restrict_unprivileged_userns=0; a container needs "
     "CAP_SYS_ADMIN, and seccomp and AppArmor profiles that let unshare and mount pass), or pass allow_weak=True for "
     "the fences that are left (seccomp, Landlock, resource limits)"
 )

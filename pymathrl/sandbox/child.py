@@ -75,7 +75,13 @@ DENIED_ARGUMENT = (
 )
 PRLIMIT, CLONE = "prlimit64 302 261", "clone 56 220"
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
-MOUNT_SETATTR, LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 442, 444, 445, 446  # one number on every machine
+# Calls that the C library has no function for; from 424 on a call has one number on every machine.
+NUMBERS = {
+    "mount_setattr": 442,
+    "landlock_create_ruleset": 444,
+    "landlock_add_rule": 445,
+    "landlock_restrict_self": 446,
+}
 CLONE_THREAD, CLONE_NEW_ANY = 0x10000, 0x7E020080
 NEW_NS, NEW_UTS, NEW_IPC, NEW_USER, NEW_PID, NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 0x1000, 0x4000, 1 << 18
@@ -89,9 +95,10 @@ class Refused(Exception):
 
 
 def _call(name: str, *args: int | bytes | None) -> int:
-    """libc's `name`, integers as longs; Refused where it returns -1."""
+    """The system call `name`, integers as longs; Refused where it returns -1."""
     values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    result = getattr(_libc, name)(*values)
+    number = [ctypes.c_long(NUMBERS[name])] if name in NUMBERS else []
+    result = getattr(_libc, "syscall" if number else name)(*number, *values)
     if result == -1:
         raise Refused(f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
@@ -142,20 +149,23 @@ def restrict_syscalls(program: bytes) -> None:
 
 def landlock_abi() -> int:
     """The version of Landlock in this kernel, 0 where there is none."""
-    return max(0, _libc.syscall(ctypes.c_long(LANDLOCK_CREATE), None, ctypes.c_long(0), ctypes.c_long(1)))
+    try:
+        return _call("landlock_create_ruleset", None, 0, 1)
+    except Refused:
+        return 0
 
 
 def restrict_files(readable: list[str], scratch: str) -> None:
     """Landlock: reads beneath `readable`, everything beneath `scratch`, nothing else."""
     read, every = 0b1100, (1 << (13, 14, 15, 15, 16)[min(landlock_abi(), 5) - 1]) - 1  # the bits each version knows
-    ruleset = _call("syscall", LANDLOCK_CREATE, struct.pack("=Q", every), 8, 0)
+    ruleset = _call("landlock_create_ruleset", struct.pack("=Q", every), 8, 0)
     rules = [(p, read if os.path.isdir(p) else read & ~0b1000) for p in readable]
     for path, access in [*rules, ("/dev/null", 0b0110), ("/dev/urandom", 0b0100), (scratch, every)]:
         fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        _call("syscall", LANDLOCK_ADD, ruleset, 1, struct.pack("=Qi", access, fd), 0)
+        _call("landlock_add_rule", ruleset, 1, struct.pack("=Qi", access, fd), 0)
         os.close(fd)
     _call("prctl", PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    _call("syscall", LANDLOCK_RESTRICT, ruleset, 0)
+    _call("landlock_restrict_self", ruleset, 0)
     os.close(ruleset)
 
 
@@ -196,11 +206,11 @@ def hide_files(readable: list[str], folder: str) -> None:
             os.symlink(os.readlink(path), folder + path)
     os.makedirs(folder + SCRATCH, exist_ok=True)
     os.chdir(folder)
-    _call("syscall", number("pivot_root 155 41"), b".", b".")
+    _call("pivot_root", b".", b".")
     _call("umount2", b".", 2)  # detached: the old root sat on top of the new one
     os.chdir("/")
     recursive, read_only_nosuid = 0x8000, struct.pack("=QQQQ", 0b11, 0, 0, 0)
-    _call("syscall", MOUNT_SETATTR, -100, b"/", recursive, read_only_nosuid, 32)
+    _call("mount_setattr", -100, b"/", recursive, read_only_nosuid, 32)
 
 
 def closed_folder(paths: list[str]) -> str:
@@ -396,7 +406,7 @@ def supervise(conn: socket.socket, proc: int, cfg: dict[str, Any], server: int) 
         os.close(err_end)
         result = watch(pid, out, err, cfg)
     except (Refused, OSError) as error:
-        result = {"output": str(error), "ok": False, "reason": "sandbox", "seconds": 0.0}
+        result = {"output": f"setting up a run: {error}", "ok": False, "reason": "sandbox", "seconds": 0.0}
     if made:
         for entry in os.scandir(made):
             os.unlink(entry.path)
@@ -432,12 +442,13 @@ def main(argument: str) -> None:
             )
             if not landlock_abi():
                 weaker.append("no Landlock: files are as open to a run as to its user id")
-            if os.geteuid() == 0:
-                if landlock_abi() and (closed := closed_folder(cfg["path"])):
-                    weaker.append(f"root without capabilities runs the code: uid {NOBODY} cannot import from {closed}")
-                else:
-                    os.chown(cfg["folder"], NOBODY, NOBODY)
-                    drop_root()
+            closed = closed_folder(cfg["path"]) if os.geteuid() == 0 else ""
+            if closed:
+                user = "root without capabilities runs the code" if landlock_abi() else "only preloaded modules work"
+                weaker.append(f"{user}: uid {NOBODY} cannot import from {closed}")
+            if os.geteuid() == 0 and not (closed and landlock_abi()):
+                os.chown(cfg["folder"], NOBODY, NOBODY)
+                drop_root()
     except Refused as error:
         control.send(json.dumps({"refused": str(error)}).encode())
         return
