@@ -64,13 +64,11 @@ def processes(box: Sandbox) -> list[int]:
 
 
 def folder_of(box: Sandbox) -> str:
-    process, _, folder = box._server.close.peek()[2]
-    assert process.poll() is None
-    return folder
+    return json.loads(box._server.process.args[-1])["folder"]
 
 
 def server_fds(box: Sandbox) -> int:
-    return len(os.listdir(f"/proc/{box._server.close.peek()[2][0].pid}/fd"))
+    return len(os.listdir(f"/proc/{box._server.process.pid}/fd"))
 
 
 def settles(condition, seconds: float = 10.0) -> bool:
@@ -167,6 +165,7 @@ HOSTILE = {
     "thread bomb": ("import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
                     "RuntimeError: can't start new thread|MemoryError"),
     "memory bomb": ("x = []\nwhile True: x.append(bytearray(10**7))", "MemoryError"),
+    "memory in small pieces": ("x = ()\nwhile True: x = (x, bytes(300))", "MemoryError"),
     "memory at once": ("bytearray(10**12)", "MemoryError"),
     "memory of numpy": ("import numpy\nnumpy.ones(10**9)", ".*MemoryError"),
     "recursion": ("def f(): f()\nf()", "RecursionError: maximum recursion depth exceeded"),
@@ -261,7 +260,11 @@ def test_with_namespaces_a_run_sees_only_its_own_world(sandbox: Sandbox, mode: s
         pytest.skip("the weak mode has no namespaces")
     code = "import os, socket\nprint(os.getpid(), os.getppid(), os.getuid(), os.getcwd(), os.listdir('.'))\n"
     code += "print(os.path.exists('/proc'), os.path.exists('/home'), sorted(os.listdir('/dev')))"
-    assert sandbox.run(code).output == "1 0 1000 /tmp []\nFalse False ['null', 'urandom']\n"
+    assert sandbox.run(code).output == "1 0 1000 /scratch []\nFalse False ['null', 'urandom']\n"
+    assert (
+        sandbox.run("open('/tmp/f', 'w').write('x')\nimport os\nos.mkdir('d')\nsorted(os.listdir())").output
+        == "['d', 'f']\n"
+    )
     assert "No space left" in sandbox.run("for i in range(99): open(str(i), 'wb').write(bytes(1 << 20))").output
     assert "No space left" in sandbox.run("for i in range(9999): open(str(i), 'w')").output
 
@@ -375,7 +378,7 @@ MUTANTS = {  # a fence taken out of child.py: (mode, its line, what stands there
                   "import socket\nbool(socket.socket())", "True\n"),
     "no Landlock": ("weak", 'if not cfg["namespaces"] and landlock_abi()', "if False",
                     "len(open('/proc/self/cmdline').read()) > 0", "True\n"),
-    "no root of its own": ("namespaces", 'hide_files(cfg["readable"], cfg["folder"])', "pass",
+    "/proc left in sight": ("namespaces", 'hide_files(cfg["readable"], ', 'hide_files([*cfg["readable"], "/proc"], ',
                            "import os\nos.path.exists('/proc/self')", "True\n"),
     "no process namespace": ("namespaces", "NEW_NS | NEW_PID | NEW_IPC)", "NEW_NS | NEW_IPC)",
                              "import os\nos.getppid() > 1", "True\n"),
@@ -414,7 +417,7 @@ def test_without_the_filter_namespaces_still_hold(
     """The second fence: every system call allowed, and still nothing outside is reached."""
     mutant(monkeypatch, tmp_path, "    restrict_syscalls(seccomp_program(", "    (seccomp_program(")
     with make("namespaces", preload=(), timeout_s=1.0) as box:
-        server = box._server.close.peek()[2][0]
+        server = box._server.process
         box.run("import os\nos.kill(os.getppid(), 9)")  # 0: the process group, which is the run's own
         box.run("import os\nos.kill(-1, 9)")
         assert "Network is unreachable" in box.run("import socket\nsocket.create_connection(('1.1.1.1', 80))").output
@@ -435,7 +438,7 @@ def test_nothing_is_left_after_fifty_runs_and_a_close(mode_: str) -> None:
     with make(mode_, preload=(), timeout_s=0.5, workers=4) as box:
         box.run("1")
         before, folder = server_fds(box), folder_of(box)
-        process = box._server.close.peek()[2][0]
+        process = box._server.process
         assert [r.ok for r in box.run_many(codes)] == [True, True, False, False, False] * 10
         assert settles(lambda: len(processes(box)) == 1)
         assert server_fds(box) == before
@@ -449,12 +452,27 @@ def test_nothing_is_left_after_fifty_runs_and_a_close(mode_: str) -> None:
 
 @pytest.mark.parametrize("mode_", ["namespaces", "weak"])
 def test_a_killed_server_is_replaced(mode_: str) -> None:
+    """By one run after the kill, and by all that were under way at that moment."""
     with make(mode_, preload=()) as box:
-        first = box._server.close.peek()[2][0]
+        first = box._server.process
         first.kill()
         first.wait()
         assert box.run("1").output == "1\n"
-        assert box._server.close.peek()[2][0].pid != first.pid
+        second = box._server.process
+        assert second.pid != first.pid
+        threading.Timer(0.3, second.kill).start()
+        assert [r.output for r in box.run_many(["import time\ntime.sleep(1)\n'slept'"] * 4)] == ["'slept'\n"] * 4
+        assert box._server.process.pid != second.pid
+
+
+def test_a_strict_umask_does_not_close_the_packages() -> None:
+    """The server makes the folders of the new root: with the caller's mask 077, nobody could not enter them."""
+    before = os.umask(0o077)
+    try:
+        with make("namespaces", preload=()) as box:
+            assert box.run("import importlib.util as u, statistics\nbool(u.find_spec('sympy'))").output == "True\n"
+    finally:
+        os.umask(before)
 
 
 @pytest.mark.parametrize("options", [{}, WEAK])
@@ -462,12 +480,12 @@ def test_runs_do_not_outlive_a_parent_that_is_killed(options: dict, tmp_path: Pa
     """SIGKILL to the owner while a run sleeps: server, supervisor and run go too."""
     make("weak" if options else "namespaces", preload=()).close()  # skips where this mode is refused
     program = f"""
-import os, threading, time
+import json, threading, time
 from pymathrl.sandbox import Sandbox
 box = Sandbox(timeout_s=600, preload=(), **{options!r})
 threading.Thread(target=box.run, args=("import time; time.sleep(600)",), daemon=True).start()
 time.sleep(0.5)
-print(box._server.close.peek()[2][2], flush=True)
+print(json.loads(box._server.process.args[-1])['folder'], flush=True)
 time.sleep(600)
 """
     owner = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)

@@ -78,17 +78,17 @@ class _Server:
         environment = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         environment |= {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}
         with theirs:
-            process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-s", "-S", "-B", str(_CHILD),
                  json.dumps(config | {"folder": folder})],
                 stdin=theirs.fileno(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment, cwd="/",
                 start_new_session=True,
             )  # fmt: skip
-        self.close = weakref.finalize(self, _stop, process, self.socket, folder)
+        self.close = weakref.finalize(self, _stop, self.process, self.socket, folder)
         hello = self.socket.recv(1 << 16)
-        assert process.stderr is not None
-        said = b"" if hello else process.stderr.read(1 << 16)
-        process.stderr.close()
+        assert self.process.stderr is not None
+        said = b"" if hello else self.process.stderr.read(1 << 16)
+        self.process.stderr.close()
         answer = json.loads(hello) if hello else {"refused": "the server died: " + said.decode(errors="replace")}
         if answer["refused"]:
             self.close()
@@ -98,7 +98,7 @@ class _Server:
         self.weaker = tuple(answer["weaker"])
 
     def ask(self, code: str, patience_s: float) -> Result | None:
-        """One run; None if the server is gone or does not answer."""
+        """One run; None if there is no answer.  A server that does not answer in patience_s is killed."""
         ours, theirs = socket.socketpair()
         try:
             with ours, theirs:
@@ -109,6 +109,10 @@ class _Server:
                 ours.sendall(code.encode(errors="surrogatepass"))
                 ours.shutdown(socket.SHUT_WR)
                 answer = b"".join(iter(lambda: ours.recv(1 << 16), b""))
+        except TimeoutError:
+            self.process.kill()
+            self.process.wait()
+            return None
         except OSError:
             return None
         return Result(**json.loads(answer)) if answer else None
@@ -217,7 +221,7 @@ class Sandbox:
             with self._lock:  # killed from outside, for want of memory perhaps: once more with a new one
                 if self._closed:
                     return Result("Execution Error: the sandbox is closed", False, "sandbox", 0.0)
-                if self._server is server:
+                if self._server is server and server.process.poll() is not None:
                     server.close()
                     try:
                         self._server = self._start()

@@ -5,9 +5,10 @@ script and needs the standard library only: pymathrl would bring torch, and ever
       supervisor   one for each run: new namespaces, reads the output in bounded memory, kills at the deadline
         run           one for each run: closes its fds, limits itself, then executes the code; pid 1 of its namespace
 
-With namespaces the run sees a read-only file system of the interpreter's own libraries, one small tmpfs (/tmp), no
-/proc, no network and no process but its own; when pid 1 dies, the kernel kills the rest.  Without them (weak mode)
-Landlock fences the files and seccomp alone the rest.  Both modes deny new processes unless asked to allow them.
+With namespaces the run sees a read-only file system of the interpreter's own libraries, one small tmpfs, no /proc, no
+network and no process but its own; when pid 1 dies, the kernel kills the rest.  Without them (weak mode) Landlock
+fences the files and seccomp alone the rest.  In both modes a filter of system calls denies new processes (unless they
+are asked for), programs, sockets, signals, mounts and what else has no place in a calculation.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from typing import Any, NoReturn
 
 NOBODY = 65534  # the ids root gives itself up for
 INSIDE = 1000  # the ids a run sees in its own user namespace
-SCRATCH = "/tmp"  # of a run with namespaces: a tmpfs of its own
+SCRATCH = "/scratch"  # of a run with namespaces: a tmpfs of its own; not /tmp, where the packages may be installed
 THREADS = 32  # of a run, beside its processes
 REPORT = 3  # the descriptor a run writes its last traceback line to
 
@@ -97,8 +98,8 @@ class Refused(Exception):
 def _call(name: str, *args: int | bytes | None) -> int:
     """The system call `name`, integers as longs; Refused where it returns -1."""
     values = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    number = [ctypes.c_long(NUMBERS[name])] if name in NUMBERS else []
-    result = getattr(_libc, "syscall" if number else name)(*number, *values)
+    which = [ctypes.c_long(NUMBERS[name])] if name in NUMBERS else []
+    result = getattr(_libc, "syscall" if which else name)(*which, *values)
     if result == -1:
         raise Refused(f"{name}: {os.strerror(ctypes.get_errno())}")
     return result
@@ -204,7 +205,9 @@ def hide_files(readable: list[str], folder: str) -> None:
         if os.path.islink(path) and not os.path.lexists(folder + path):
             os.makedirs(os.path.dirname(folder + path), exist_ok=True)
             os.symlink(os.readlink(path), folder + path)
-    os.makedirs(folder + SCRATCH, exist_ok=True)
+    os.mkdir(folder + SCRATCH)
+    if not os.path.exists(folder + "/tmp"):
+        os.symlink(SCRATCH, folder + "/tmp")
     os.chdir(folder)
     _call("pivot_root", b".", b".")
     _call("umount2", b".", 2)  # detached: the old root sat on top of the new one
@@ -309,7 +312,7 @@ def fence(cfg: dict[str, Any], scratch: str) -> None:
 
 def run(code: str, scratch: str, out: int, err: int, cfg: dict[str, Any]) -> NoReturn:
     """The process of a run.  Exit status 0: the code ended well; otherwise the report says why it did not."""
-    status, chars = 1, cfg["output_chars"]
+    status, chars, spare = 1, cfg["output_chars"], bytearray(4 << 20)
     try:
         os.setsid()  # kill(0, ..) reaches the process group across pid namespaces, so ours must be our own
         null = os.open("/dev/null", os.O_RDWR)
@@ -335,8 +338,8 @@ def run(code: str, scratch: str, out: int, err: int, cfg: dict[str, Any]) -> NoR
         if status:
             say("error", end.code if isinstance(end.code, str) else f"SystemExit: {end.code}", chars)
     except BaseException as error:
+        del spare  # so that there is memory to say that there is none
         reason = "memory" if isinstance(error, MemoryError) else "error"
-        error.__traceback__ = error.__context__ = error.__cause__ = None  # frees what the frames hold, to have memory
         say(reason, traceback.format_exception_only(error)[-1].strip(), chars)
     finally:
         with contextlib.suppress(BaseException):
@@ -408,9 +411,10 @@ def supervise(conn: socket.socket, proc: int, cfg: dict[str, Any], server: int) 
     except (Refused, OSError) as error:
         result = {"output": f"setting up a run: {error}", "ok": False, "reason": "sandbox", "seconds": 0.0}
     if made:
-        for entry in os.scandir(made):
-            os.unlink(entry.path)
-        os.rmdir(made)
+        with contextlib.suppress(OSError):  # gone already, without Landlock: the folder of all runs goes at the end
+            for entry in os.scandir(made):
+                os.unlink(entry.path)
+            os.rmdir(made)
     conn.sendall(json.dumps(result).encode())
 
 
@@ -419,6 +423,7 @@ def main(argument: str) -> None:
     """Says on descriptor 0 what it could do, then serves the connections that it is sent there, until end of file."""
     control, cfg = socket.socket(fileno=0), json.loads(argument)
     sys.path[:] = cfg["path"]
+    os.umask(0o022)  # the folders of the new root are for nobody too, whatever the caller's mask
     for name in cfg["preload"]:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
@@ -437,9 +442,7 @@ def main(argument: str) -> None:
             drop_root()
         else:
             weaker.append("no namespaces: seccomp alone keeps other processes, the network and mounts out of reach")
-            weaker.append(
-                "no quota: a run can fill the disk of the temporary folder with many files (it cannot make folders)"
-            )
+            weaker.append("no quota: a run can fill the disk of the temporary folder; it can make files, not folders")
             if not landlock_abi():
                 weaker.append("no Landlock: files are as open to a run as to its user id")
             closed = closed_folder(cfg["path"]) if os.geteuid() == 0 else ""
