@@ -1,6 +1,19 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover
+from pymathrl.algos import (
+    acereason,
+    campo,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    parallel_r1,
+    retool,
+    rloo,
+    rover,
+    tapo,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -13,6 +26,8 @@ REGISTRY: dict[str, Algo] = {
     "rloo": rloo.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
     "parallel_r1": parallel_r1.ALGO,
 }
 
