@@ -42,9 +42,12 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#F0E442",
 )
 GREY = "#8A8A8A"
-_GROUP_STYLES = list(
-    zip((BLUE, RED, GREEN, PURPLE, ORANGE, SKY), ("-", "--", "-.", ":", "-", "--"), "osD^vP", strict=True)
-)
+_GROUP_STYLES = [
+    (colour, line, marker)
+    for lines, markers in ((("-", "--", "-.", ":", "-", "--"), "osD^vP"), ((":", "-", "--", "-.", ":", "-"), "X<>*hd"),
+                           (("-.", ":", "-", "--", "-.", ":"), "p8H1+x"))
+    for colour, line, marker in zip((BLUE, RED, GREEN, PURPLE, ORANGE, SKY), lines, markers, strict=True)
+]  # fmt: skip
 _STAGE_COLOURS = dict(zip(STAGES, (GREY, BLUE, SKY, YELLOW, RED, GREEN, ORANGE, PURPLE), strict=True))
 _SCORES = ("pass@1", "pass@8", "diversity")
 _SCORE_TITLES = {
@@ -388,7 +391,8 @@ def plot_comparison(groups: dict[str, list[Run]], folder: Path) -> Path:
     handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not str(h.get_label()).startswith("_")}
     if handles:
         figure.legend(
-            handles=list(handles.values()), loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False
+            handles=list(handles.values()), loc="outside lower center", ncols=min(8, len(handles)), fontsize=10,
+            frameon=False,
         )
     figure.suptitle("Mean over seeds, band from minimum to maximum", fontsize=12)
     return _save(figure, folder, "comparison.png")
