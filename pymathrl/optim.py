@@ -77,6 +77,12 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return StepReport(value, rate, applied)
 
+    def restart(self) -> None:
+        """As new, with the weights as they are now: no moments, the schedule at its beginning, masters of the weights.
+        A second optimizer on the same model would not do: the first one's masters take the gradients."""
+        groups = self.adamw.state_dict()["param_groups"]
+        self.load_state_dict({"adamw": {"state": {}, "param_groups": groups}, "updates": 0, "masters": []})
+
     def _masters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight, its master) where the two differ."""
         return [(w, p) for w, p in zip(self.weights, self.parameters, strict=True) if w is not p]

@@ -122,7 +122,7 @@ def train(run: Run) -> int:
         return 0
     state = State()
     if run.resume is None:
-        out = new_run_dir(run)
+        out = new_run_dir(config.out, f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
     else:
         out = run.resume
         if checkpoint is not None:
@@ -344,12 +344,11 @@ def newest_checkpoint(out: Path) -> Path | None:
     return found[1]
 
 
-def new_run_dir(run: Run) -> Path:
-    """--out, which must not hold a run yet; without it the first free name under runs/."""
-    config = run.train
-    out = Path(config.out or Path("runs") / f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
+def new_run_dir(given: str | None, name: str) -> Path:
+    """The folder --out, which must not hold a run yet; without it the first free one like runs/`name`."""
+    out = Path(given or Path("runs") / name)
     with explain_os_errors("make the run folder", out):
-        if config.out is None:
+        if given is None:
             stem, number = out, 2
             while out.exists():
                 out, number = Path(f"{stem}-{number}"), number + 1

@@ -1,0 +1,86 @@
+"""One round of rejection sampling: responses to a task's problems, and the rows made of those that are accepted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pymathrl.accept import Rules, Trace, choose
+from pymathrl.batch import STOP_LENGTH
+from pymathrl.eval import sample_uids
+from pymathrl.prompt import Prompts
+from pymathrl.rollout import Engine
+from pymathrl.tasks import Task
+from pymathrl.verify import verify
+
+
+@dataclass(frozen=True)
+class Collected:
+    """rows: {"prompt", "response", "question", "answer", "tokens"} each; metrics: numbers of the round."""
+
+    rows: list[dict[str, Any]]
+    metrics: dict[str, Any]
+
+
+def collect(
+    engine: Engine,
+    task: Task,
+    prompts: Prompts,
+    rules: Rules,
+    *,
+    samples: int,
+    max_new_tokens: int,
+    hint: str = "",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> Collected:
+    """`samples` responses per problem, graded and chosen by `rules`. A response is the hint and what was drawn next.
+
+    Under "beyond-greedy" one greedy response without the hint is graded too. What is drawn follows from the weights,
+    the engine's seed and the problems' uids.
+    """
+    policy, problems = engine.policy, prompts.problems
+    begun = policy.tokenizer.encode(hint) if hint else []
+    greedy = [False] * len(problems)
+    if rules.accept == "beyond-greedy":
+        plain = engine.generate(prompts.ids, 1, max_new_tokens, temperature=0.0)
+        greedy = verify(plain, problems, task, policy.tokenizer).correct.tolist()
+    rollout = engine.generate(
+        [[*ids, *begun] for ids in prompts.ids], samples, max_new_tokens, uids=sample_uids(problems, samples),
+        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+    )  # fmt: skip
+    cut = (rollout.stop == STOP_LENGTH).tolist()
+    responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
+    texts = [hint + text for text in policy.tokenizer.decode_batch(responses)]
+    rows: list[dict[str, Any]] = []
+    reasons: Counter[str] = Counter()
+    right = solved = 0
+    for i, problem in enumerate(problems):
+        traces = _traces(task, problem, range(i * samples, (i + 1) * samples), texts, responses, cut)
+        kept, left_out = choose(traces, rules, greedy[i])
+        reasons += left_out
+        right += sum(t.correct for t in traces)
+        solved += bool(kept)
+        asked = task.prompt(problem, policy.prompt_style)
+        rows += [
+            {"prompt": asked, "response": traces[k].text, "question": problem.question, "answer": problem.answer,
+             "tokens": len(begun) + len(traces[k].ids)}
+            for k in kept
+        ]  # fmt: skip
+    metrics: dict[str, Any] = {
+        "accuracy": right / rollout.rows, "responses": rollout.rows, "accepted": len(rows),
+        "problems": len(problems), "problems_with_rows": solved,
+    }  # fmt: skip
+    return Collected(rows, metrics | {f"left_out/{why}": n for why, n in sorted(reasons.items())})
+
+
+def _traces(
+    task: Task, problem: Any, rows: range, texts: Sequence[str], ids: Sequence[tuple[int, ...]], cut: Sequence[bool]
+) -> list[Trace]:
+    """The graded responses of one problem; equal texts are graded once."""
+    correct = {text: task.grade(problem, text).correct for text in {texts[r] for r in rows}}
+    return [Trace(texts[r], ids[r], correct[texts[r]], not cut[r]) for r in rows]
