@@ -130,8 +130,9 @@ def sft(run: SftRun) -> int:
             log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.sft --resume {out}")
             return 130
         session.finish()
-    with explain_os_errors("draw the curves", out):
-        plot_run(out)
+    if session.total or task is not None:  # else there is nothing to draw
+        with explain_os_errors("draw the curves", out):
+            plot_run(out)
     print(f"run folder: {out}")
     return 0
 
