@@ -1,40 +1,80 @@
-"""Stage 4, advantage: rewards of groups -> one advantage per token."""
+"""Stage 4, advantage: rewards of groups -> one advantage per token, and what else the loss reads of each token."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from pymathrl.algos import Algo
-from pymathrl.batch import Batch, Rollout
+from pymathrl.batch import ROLE_FORCED, STOP_LENGTH, Batch, Graded, Rollout
+from pymathrl.config import TrainConfig
+from pymathrl.context import Context
 
 
-@dataclass(frozen=True)
-class Advantages:
-    """The batch with its advantages, and for each group whether all its rewards are equal (bool [P])."""
+def reference_terms(ctx: Context, graded: Graded) -> Graded:
+    """Under --kl: extra["ref_logp"], the log-probs of the reference policy; with --kl-in reward also
+    extra["kl_penalty"], what each token's KL (k1, of the sampling policy) takes off its reward. Both fp32 [T], nats.
 
-    batch: Batch
-    equal: Tensor
-    sampled: Tensor  # int64 [B]: sampled tokens of each row
+    --kl-target moves the factor for the next step by at most a fifth per --kl-horizon responses (Ziegler et al., arXiv
+    1909.08593, section 2.2).
+    """
+    config, at, rollout = ctx.train, ctx.at, graded.rollout
+    if config.kl == "none":
+        return graded
+    if at.kl_coef < 0:
+        at.kl_coef = config.kl_coef
+    ref_logp = ctx.score(rollout, ctx.reference()).logp
+    k1 = torch.where(rollout.sampled_mask, rollout.logp - ref_logp, 0.0)
+    extra = {**graded.extra, "ref_logp": ref_logp}
+    if config.kl_in == "reward":
+        extra["kl_penalty"] = at.kl_coef * k1
+    mean = float(k1.sum() / rollout.sampled_mask.sum())
+    ctx.metrics |= {"kl/coef": at.kl_coef, "kl/sampler_to_reference": mean}
+    if config.kl_target:
+        error = max(-0.2, min(0.2, mean / config.kl_target - 1))
+        at.kl_coef *= 1 + error * rollout.rows / config.kl_horizon
+    return replace(graded, extra=extra)
 
 
-def group_offsets(rollout: Rollout) -> Tensor:
-    """int64 [P+1]: the first row of each group."""
-    starts = torch.ones(rollout.rows + 1, dtype=torch.bool, device=rollout.device)
-    starts[1:-1] = rollout.group.diff() != 0
-    return starts.nonzero()[:, 0]
+def advantage(ctx: Context, graded: Graded) -> Batch:
+    """The batch with the algorithm's advantage of each response at each of its sampled tokens; 0 elsewhere."""
+    rollout, mask = graded.rollout, graded.rollout.sampled_mask
+    values = ctx.run.algo.advantage(ctx, graded)
+    if values.shape not in ((rollout.rows,), (rollout.tokens,)):
+        raise ValueError(
+            f"{ctx.run.algo.name}: advantage must return [B] = [{rollout.rows}] or [T] = [{rollout.tokens}], got "
+            f"{list(values.shape)}"
+        )
+    per_token = values if values.shape == (rollout.tokens,) else rollout.per_token(values)
+    ones = torch.ones_like(rollout.logp)
+    return Batch(
+        rollout, graded.reward, graded.correct, torch.where(mask, per_token, 0.0), torch.where(mask, ones, 0.0), ones,
+        graded.extra,
+    )  # fmt: skip
 
 
-def advantage(rollout: Rollout, reward: Tensor, correct: Tensor, algo: Algo, config: Any) -> Advantages:
-    """The algorithm's advantage of each row, at each of its sampled tokens; 0 elsewhere."""
-    mask = rollout.sampled_mask
-    sampled = torch.zeros(rollout.rows, dtype=torch.int64, device=rollout.device)
-    sampled.index_add_(0, rollout.row_of_token, mask.long())
-    result = algo.advantage(reward, group_offsets(rollout), sampled, config)
-    per_token = torch.where(mask, rollout.per_token(result.advantage), 0.0)
-    ones = torch.ones_like(per_token)
-    batch = Batch(rollout, reward, correct, per_token, torch.where(mask, ones, 0.0), ones)
-    return Advantages(batch, result.equal, sampled)
+def mask_tokens(batch: Batch, config: TrainConfig) -> Batch:
+    """Takes tokens out of the update: those of truncated responses (--truncated mask; they do not count in averages
+    either), and all but the share of highest entropy (--entropy-quantile; arXiv 2506.01939)."""
+    if config.truncated == "mask":
+        batch = replace(batch, rollout=_not_sampled(batch.rollout, batch.per_token(batch.rollout.stop == STOP_LENGTH)))
+        batch = replace(
+            batch, weight=torch.where(batch.rollout.sampled_mask, batch.weight, 0.0),
+            advantage=torch.where(batch.rollout.sampled_mask, batch.advantage, 0.0),
+        )  # fmt: skip
+    if config.entropy_quantile < 1:
+        entropy, mask = batch.rollout.entropy, batch.rollout.sampled_mask
+        if bool(mask.any()):
+            count = int(mask.sum())
+            cut = min(count, 1 + int((1 - config.entropy_quantile) * count))
+            least = entropy[mask].kthvalue(cut).values  # of the whole step
+            batch = replace(batch, coef=torch.where(entropy >= least, batch.coef, 0.0))
+    return batch
+
+
+def _not_sampled(rollout: Rollout, tokens: Tensor) -> Rollout:
+    """`tokens` bool [T] as forced tokens: in the context, not in the loss."""
+    gone = tokens & rollout.sampled_mask
+    zeroed = {name: torch.where(gone, 0.0, getattr(rollout, name)) for name in ("logp", "mean_logp", "entropy")}
+    return replace(rollout, role=torch.where(gone, ROLE_FORCED, rollout.role).to(torch.int8), **zeroed)

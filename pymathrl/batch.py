@@ -1,6 +1,7 @@
-"""What travels between the stages: Rollout (what was generated) and Batch (a rollout with what was made of it).
+"""What travels between the stages: Rollout (what was generated), Graded (with the verifier's word) and Batch (with the
+terms of its loss).
 
-Both are packed structs of arrays: T tokens of B sequences one after the other, without padding. Sequence b is the
+All are packed structs of arrays: T tokens of B sequences one after the other, without padding. Sequence b is the
 token range offsets[b] .. offsets[b+1]; its first prompt_len[b] tokens are the prompt. Position t of a per-token array
 speaks of token t given the tokens before it in the same sequence: the shift by one happens once, in `micro_batches`.
 Rows of one group (the samples of one prompt) are contiguous. Nothing here is changed in place after it was built.
@@ -8,11 +9,13 @@ Rows of one group (the samples of one prompt) are contiguous. Nothing here is ch
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
+
+from pymathrl.tasks.problem import Grade, Problem
 
 ROLE_PROMPT = 0  # given by the task
 ROLE_SAMPLED = 1  # drawn by the policy: the only role that is trained
@@ -124,6 +127,22 @@ class Rollout:
         )
         return torch.repeat_interleave(values, self.lengths)
 
+    @property
+    def sampled_count(self) -> Tensor:
+        """int64 [B]: tokens of each row that the policy drew."""
+        return self.row_sums(self.sampled_mask.long())
+
+    @property
+    def group_offsets(self) -> Tensor:
+        """int64 [P+1]: the first row of each group, then B."""
+        starts = torch.ones(self.rows + 1, dtype=torch.bool, device=self.device)
+        starts[1:-1] = self.group.diff() != 0
+        return starts.nonzero()[:, 0] if self.rows else self.group.new_zeros(1)
+
+    def row_sums(self, values: Tensor) -> Tensor:
+        """values [T] -> [B]: the sum over the tokens of each row, in their order."""
+        return values.new_zeros(self.rows).index_add_(0, self.row_of_token, values)
+
     def response(self, row: int) -> Tensor:
         """int64: the ids of one row after its prompt, the end token included."""
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
@@ -144,6 +163,27 @@ class Rollout:
             support_ids=support_ids,
             support_offsets=support_offsets,
         )
+
+    def with_prompts(self, prompts: Sequence[Sequence[int]]) -> Rollout:
+        """The same responses behind other prompts, prompts[b] for row b: the context in which they are trained, while
+        their log-probs stay those of the context in which they were drawn."""
+        if self.support_ids is not None:
+            raise ValueError(
+                "Rollout.with_prompts: expected rows drawn without top-k, top-p or min-p, got filtered ones"
+            )
+        size = torch.tensor([len(p) for p in prompts], device=self.device)
+        new = torch.zeros_like(self.offsets)
+        new[1:] = (size + self.response_lengths).cumsum(0)
+        in_prompt = torch.arange(int(new[-1]), device=self.device) < torch.repeat_interleave(
+            new[:-1] + size, new.diff()
+        )
+        old_response = self.role != ROLE_PROMPT
+        values = {}
+        for name in _TOKEN_FIELDS:
+            values[name] = getattr(self, name).new_zeros(int(new[-1]))  # role 0 is that of a prompt
+            values[name][~in_prompt] = getattr(self, name)[old_response]
+        values["ids"][in_prompt] = torch.tensor([i for p in prompts for i in p], device=self.device)
+        return replace(self, **values, offsets=new, prompt_len=size)
 
     def support_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
         """(row, id) of every pair "id is in the support of tokens[row]", int64; None where nothing was filtered."""
@@ -237,6 +277,85 @@ _ROW_FIELDS = {"prompt_len": torch.int64, "group": torch.int64, "uid": torch.int
 
 
 @dataclass(frozen=True)
+class Graded:
+    """A rollout with what the verifier said of it.
+
+    rollout    Rollout          B rows in P groups, numbered 0 .. P-1
+    problems   [P]              the problem of each group
+    reward     fp32 [B]         what the algorithm trains on: the task's, until `Algo.judge` says otherwise
+    correct    bool [B]         the exact verdict, whatever the reward is
+    grades     [B]              the task's grade of each row, and
+    texts      [B]              the graded text
+    extra      name -> fp32 [T] per-token numbers for later stages, such as ref_logp; see `Batch.extra`
+    """
+
+    rollout: Rollout
+    problems: Sequence[Problem]
+    reward: Tensor
+    correct: Tensor
+    grades: Sequence[Grade]
+    texts: Sequence[str]
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def groups(self) -> int:
+        """P"""
+        return len(self.problems)
+
+    @property
+    def accuracy(self) -> Tensor:
+        """fp32 [P]: the share of right answers of each group."""
+        total = self.reward.new_zeros(self.groups).index_add_(0, self.rollout.group, self.correct.float())
+        return total / self.rollout.group_offsets.diff()
+
+    @property
+    def equal(self) -> Tensor:
+        """bool [P]: all rewards of the group are the same number, so that it teaches nothing (contract C15)."""
+        first = self.reward[self.rollout.group_offsets[:-1]][self.rollout.group]
+        differing = self.reward.new_zeros(self.groups).index_add_(0, self.rollout.group, (self.reward != first).float())
+        return differing == 0
+
+    def select_groups(self, groups: Tensor | Sequence[int]) -> Graded:
+        """These groups, in the order given, numbered anew from 0."""
+        chosen = torch.as_tensor(groups, dtype=torch.int64, device=self.rollout.device)
+        bounds = self.rollout.group_offsets
+        rows, _ = _gather_index(bounds, chosen)
+        rollout = self.rollout.select(rows)
+        size = bounds.diff()[chosen]
+        number = torch.repeat_interleave(torch.arange(chosen.numel(), device=rollout.device), size)
+        index, _ = _gather_index(self.rollout.offsets, rows)
+        return Graded(
+            replace(rollout, group=number),
+            [self.problems[i] for i in chosen.tolist()],
+            self.reward[rows],
+            self.correct[rows],
+            [self.grades[i] for i in rows.tolist()],
+            [self.texts[i] for i in rows.tolist()],
+            {name: values[index] for name, values in self.extra.items()},
+        )
+
+    @staticmethod
+    def concat(parts: Sequence[Graded]) -> Graded:
+        """The groups of all parts in order."""
+        return Graded(
+            Rollout.concat([p.rollout for p in parts]),
+            [problem for p in parts for problem in p.problems],
+            torch.cat([p.reward for p in parts]),
+            torch.cat([p.correct for p in parts]),
+            [grade for p in parts for grade in p.grades],
+            [text for p in parts for text in p.texts],
+            _concat_extra([p.extra for p in parts]),
+        )
+
+
+def _concat_extra(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    names = parts[0].keys() if parts else ()
+    if any(p.keys() != names for p in parts):
+        raise ValueError(f"concat: every part needs the same extra fields, got {[sorted(p) for p in parts]}")
+    return {name: torch.cat([p[name] for p in parts]) for name in names}
+
+
+@dataclass(frozen=True)
 class Batch:
     """A rollout with its rewards and the terms of its loss.
 
@@ -246,6 +365,8 @@ class Batch:
     advantage  fp32 [T]    the factor of the policy gradient at each sampled token; 0 elsewhere
     weight     fp32 [T]    the share of each token in the loss (the normaliser); 0 where not trained
     coef       fp32 [T]    an algorithm's own factor on a token's term; 1 where it has none
+    extra      name -> [T] further inputs of the loss, by their names in `pymathrl.ops.policy_loss` (ref_logp,
+                           behaviour_logp, proxy_logp fp32, selected uint8), and what an algorithm keeps beside them
     """
 
     rollout: Rollout
@@ -254,6 +375,7 @@ class Batch:
     advantage: Tensor
     weight: Tensor
     coef: Tensor
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def per_token(self, values: Tensor) -> Tensor:
         """values [B] -> [T], see `Rollout.per_token`."""
@@ -270,10 +392,12 @@ class Batch:
             advantage=self.advantage[index],
             weight=self.weight[index],
             coef=self.coef[index],
+            extra={name: values[index] for name, values in self.extra.items()},
         )
 
     def to(self, device: torch.device | str) -> Batch:
-        return replace(self, **{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+        moved = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "extra"}
+        return replace(self, **moved, extra={name: values.to(device) for name, values in self.extra.items()})
 
     def cpu(self) -> Batch:
         return self.to("cpu")
@@ -289,14 +413,19 @@ class Batch:
             value = getattr(self, name)
             _check("Batch", name, value, (tokens,), torch.float32)
             _require_all(torch.isfinite(value), value, "Batch", name, "finite values")
+        for name, value in self.extra.items():
+            _check("Batch", f"extra[{name!r}]", value, (tokens,), value.dtype)
         ok = self.rollout.sampled_mask | (self.weight == 0)
         _require_all(ok, self.weight, "Batch", "weight", "0 where not sampled")
 
     @staticmethod
     def concat(parts: Sequence[Batch]) -> Batch:
         """The rows of all parts in order, see `Rollout.concat`."""
-        joined = {f.name: torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Batch) if f.name != "rollout"}
-        return Batch(rollout=Rollout.concat([p.rollout for p in parts]), **joined)
+        names = ("reward", "correct", "advantage", "weight", "coef")
+        joined = {name: torch.cat([getattr(p, name) for p in parts]) for name in names}
+        return Batch(
+            Rollout.concat([p.rollout for p in parts]), **joined, extra=_concat_extra([p.extra for p in parts])
+        )
 
 
 @dataclass(frozen=True)

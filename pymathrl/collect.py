@@ -9,10 +9,9 @@ from typing import Any
 
 from pymathrl.accept import Rules, Trace, choose
 from pymathrl.batch import STOP_LENGTH
-from pymathrl.eval import sample_uids
 from pymathrl.prompt import Prompts
-from pymathrl.rollout import Engine
-from pymathrl.tasks import Task
+from pymathrl.rollout import Draws, Engine
+from pymathrl.tasks import Problem, Task
 from pymathrl.verify import verify
 
 
@@ -29,29 +28,24 @@ def collect(
     task: Task,
     prompts: Prompts,
     rules: Rules,
+    draws: Draws,
     *,
-    samples: int,
-    max_new_tokens: int,
     hint: str = "",
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
 ) -> Collected:
-    """`samples` responses per problem, graded and chosen by `rules`. A response is the hint and what was drawn next.
+    """Responses to each problem, graded and chosen by `rules`. A response is the hint and what was drawn next.
 
     Under "beyond-greedy" one greedy response without the hint is graded too. What is drawn follows from the weights,
-    the engine's seed and the problems' uids.
+    the seed and the problems' uids.
     """
     policy, problems = engine.policy, prompts.problems
     begun = policy.tokenizer.encode(hint) if hint else []
     greedy = [False] * len(problems)
     if rules.accept == "beyond-greedy":
-        plain = engine.generate(prompts.ids, 1, max_new_tokens, temperature=0.0)
+        plain = engine.generate(prompts.ids, 1, draws.max_new_tokens, temperature=0.0)
         greedy = verify(plain, problems, task, policy.tokenizer).correct.tolist()
     rollout = engine.generate(
-        [[*ids, *begun] for ids in prompts.ids], samples, max_new_tokens, uids=sample_uids(problems, samples),
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+        [[*ids, *begun] for ids in prompts.ids], draws.samples, draws.max_new_tokens, uids=draws.uids(problems),
+        seed=draws.seed, **draws.sampling,
     )  # fmt: skip
     cut = (rollout.stop == STOP_LENGTH).tolist()
     responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
@@ -60,7 +54,7 @@ def collect(
     reasons: Counter[str] = Counter()
     right = solved = 0
     for i, problem in enumerate(problems):
-        traces = _traces(task, problem, range(i * samples, (i + 1) * samples), texts, responses, cut)
+        traces = _traces(task, problem, range(i * draws.samples, (i + 1) * draws.samples), texts, responses, cut)
         kept, left_out = choose(traces, rules, greedy[i])
         reasons += left_out
         right += sum(t.correct for t in traces)
@@ -79,7 +73,7 @@ def collect(
 
 
 def _traces(
-    task: Task, problem: Any, rows: range, texts: Sequence[str], ids: Sequence[tuple[int, ...]], cut: Sequence[bool]
+    task: Task, problem: Problem, rows: range, texts: Sequence[str], ids: Sequence[tuple[int, ...]], cut: Sequence[bool]
 ) -> list[Trace]:
     """The graded responses of one problem; equal texts are graded once."""
     correct = {text: task.grade(problem, text).correct for text in {texts[r] for r in rows}}

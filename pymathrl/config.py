@@ -1,7 +1,8 @@
 """What a run is told: one dataclass for every run, one per algorithm, and the command line made from both.
 
-Order of precedence: the command line, then `--config FILE.toml`, then the preset of a built-in model, then the default.
-The names are flat and the same everywhere: `--max-new-tokens 64` on the command line is `max_new_tokens = 64` in TOML.
+Order of precedence: the command line, then `--config FILE.toml` (a stage's table, then what stands above it), then the
+algorithm's defaults, then the preset of a built-in model, then the default. The names are flat and the same everywhere:
+`--max-new-tokens 64` on the command line is `max_new_tokens = 64` in TOML.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ import json
 import shutil
 import sys
 import tomllib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pymathrl.algos import REGISTRY, Algo
 from pymathrl.errors import UserError, nearest
+from pymathrl.ops.aggregation import MODES
+from pymathrl.ops.policy_loss import KLS, LEVELS
 from pymathrl.options import CommandParser, at_least, convert, flag, option, positive, value_type
 from pymathrl.tasks import OPTION_HELP, TASKS, convert_option, task_options
 
@@ -37,7 +41,7 @@ class TrainConfig:
     threads: int = at_least(0, 0, "CPU threads; 0 = all cores (gradients depend on this number in the last bits)")
 
     prompts_per_step: int = positive(128, "problems drawn per step")
-    samples_per_prompt: int = at_least(2, 8, "responses sampled per problem (the group)")
+    samples_per_prompt: int = positive(8, "responses sampled per problem (the group)")
     temperature: float = positive(1.0, "sampling temperature of the rollouts and of every log-prob of the update")
     top_k: int = at_least(0, 0, "most likely tokens kept in a rollout; 0 = all (the update renormalises over the same)")
     top_p: float = option(1.0, "probability that the tokens kept in a rollout reach, most likely first; 1 = all of it")
@@ -46,6 +50,14 @@ class TrainConfig:
         "sampler", "log-probs of the sampling policy: the sampler's own, or a second pass over the batch",
         choices=("sampler", "recompute"),
     )  # fmt: skip
+    filter: str = option(
+        "off", "groups that are trained on: all; mixed: with right and wrong answers (dynamic sampling); band: with an "
+        "accuracy in --filter-low .. --filter-high. Missing ones are drawn anew, surplus ones wait one step",
+        choices=("off", "mixed", "band"),
+    )  # fmt: skip
+    filter_low: float = option(0.3, "least accuracy of a group under --filter band (paper: 0.3)")
+    filter_high: float = option(0.7, "largest accuracy of a group under --filter band (paper: 0.7)")
+    filter_rounds: int = positive(10, "draws per step at most until the batch is full, under --filter (DAPO: 10)")
     max_prompt_tokens: int = positive(1024, "longer prompts are left out, and counted")
     max_new_tokens: int = positive(1024, "length limit of a response, in tokens")
     rollout_rows: int = positive(512, "responses decoded side by side")
@@ -54,6 +66,32 @@ class TrainConfig:
         4, "optimizer steps per rollout batch; each takes prompts-per-step / minibatches problems"
     )
     epochs: int = positive(1, "passes over each rollout batch")
+    aggregation: str = option(
+        "auto", "average over tokens (counts of the whole optimizer step); auto: the algorithm's own",
+        choices=("auto", *MODES),
+    )  # fmt: skip
+    kl: str = option("none", "KL to a reference policy: estimator; the + ones take the gradient of k2", choices=KLS)
+    kl_coef: float = positive(0.001, "factor of the KL (verl: 0.001; TRL: 0.05 in the reward)")
+    kl_in: str = option("loss", "where the KL goes: a term of the loss, or k1 taken off the reward of each token",
+                        choices=("loss", "reward"))  # fmt: skip
+    kl_target: float = at_least(0, 0.0, "KL per token that --kl-coef is steered to; 0 = it stays (verl: 0.1)")
+    kl_horizon: int = positive(10000, "responses over which --kl-target acts (verl: 10000)")
+    kl_reference: str | None = option(None, "model of the reference policy [--model, as it was before training]")
+    entropy_coef: float = at_least(0, 0.0, "bonus for the entropy of the policy, per token, in nats")
+    is_level: str = option(
+        "none", "importance weights between sampler and trainer: per token, of the sequence, or its geometric mean; "
+        "needs --old-logp recompute (else the two are one)", choices=("none", *LEVELS),
+    )  # fmt: skip
+    is_cap: float = positive(2.0, "bound of the importance weights (verl: 2; TRL: 3)")
+    is_mode: str = option(
+        "truncate", "weights above the bound become it, or 0 (TRL: mask)", choices=("truncate", "mask")
+    )
+    truncated: str = option("train", "responses cut at the length limit: trained on, or left out of loss and counts",
+                            choices=("train", "mask"))  # fmt: skip
+    entropy_quantile: float = option(
+        1.0, "share of the tokens, those of highest entropy, that are trained on (80/20 rule: 0.2); the others count "
+        "in the averages", check=lambda v: 0 < v <= 1, expected="in (0, 1]",
+    )  # fmt: skip
     tokens_per_microbatch: int = positive(16384, "tokens of one forward and backward pass (memory, not result)")
     lr: float = positive(1e-6, "peak learning rate of AdamW")
     lr_schedule: str = option("constant", "shape after the warm-up", choices=("constant", "linear", "cosine"))
@@ -72,6 +110,10 @@ class TrainConfig:
 
     checkpoint_every: int = at_least(0, 50, "steps between checkpoints; 0 = only at the end or when stopped")
     keep_checkpoints: int = positive(2, "newest checkpoints kept")
+    stage_optimizer: str = option(
+        "continue", "moments of AdamW at the start of a later stage of a schedule (CAMPO: continue)",
+        choices=("continue", "fresh"),
+    )  # fmt: skip
     samples_per_step: int = at_least(0, 4, "responses per step written to samples.jsonl")
     prompt_style: str = option("auto", "auto: as the model's folder says", choices=("auto", "compact", "plain", "chat"))
 
@@ -88,7 +130,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """A parsed command line: what to run and with which options."""
+    """A parsed command line: what to run and with which options.
+
+    stages: of a schedule, in order, each a run of its own number of steps; empty: the run is one stage.
+    """
 
     algo: Algo
     train: TrainConfig
@@ -96,12 +141,27 @@ class Run:
     task_options: dict[str, Any]
     resume: Path | None = None
     dry_run: bool = False
+    stages: tuple[Run, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.train.steps for stage in self.stages) if self.stages else self.train.steps
 
     def values(self) -> dict[str, Any]:
-        """Every option by its flat name, as `config.toml` holds them."""
+        """Every option by its flat name, as `config.toml` holds them; the stages as a list of tables under "stage"."""
         flat = {"algo": self.algo.name, **dataclasses.asdict(self.train), **dataclasses.asdict(self.own)}
-        return {k: v for k, v in flat.items() if v is not None} | {f"task_{k}": v for k, v in self.task_options.items()}
+        values = {k: v for k, v in flat.items() if v is not None}
+        values |= {f"task_{k}": v for k, v in self.task_options.items()}
+        if self.stages:  # each with all its options: they do not change meaning when defaults do
+            values["stage"] = [
+                {k: v for k, v in stage.values().items() if k not in OF_THE_RUN} for stage in self.stages
+            ]
+        return values
 
+
+# Options that the stages of a schedule share.
+OF_THE_RUN = ("model", "out", "seed", "device", "dtype", "threads")
 
 # What may differ when a run is resumed: nothing that changes the steps already done.
 RESUME_MAY_CHANGE = ("steps", "device", "eval_every", "checkpoint_every", "keep_checkpoints", "samples_per_step")
@@ -145,23 +205,52 @@ def parse_train(argv: list[str] | None = None) -> Run:
 
     model = typed.get("model") or file.get("model") or saved.get("model") or _default("model")
     preset = {} if saved else PRESETS.get(model, {})
+    own = {} if saved else algo.defaults
     if saved:
         _check_resume(typed, known.algo, saved, algo, task)
-    values = {**preset, **saved, **file, **typed}
-    sources = {k: f"preset of {model}, {k}" for k in preset}
-    sources |= {k: f"{known.resume}/config.toml, {k}" for k in saved}
-    sources |= {k: f"{known.config}, {k}" for k in file} | {k: flag(k) for k in typed}
+    stages = {**saved, **file}.get("stage", [])
+    layers: list[Layer] = [
+        (_source(f"preset of {model}"), preset),
+        (_source(f"default of --algo {algo.name}"), own),
+        (_source(f"{known.resume}/config.toml"), {k: v for k, v in saved.items() if k != "stage"}),
+        (_source(str(known.config)), {k: v for k, v in file.items() if k != "stage"}),
+    ]
+    last: Layer = (flag, typed)
+    run = _assemble(algo, task, [*layers, last])
+    run = dataclasses.replace(run, resume=Path(known.resume) if known.resume else None, dry_run=given.dry_run)
+    if not stages:
+        return run
+    return _add_stages(run, stages, layers, last, str(known.config or f"{known.resume}/config.toml"))
+
+
+Layer = tuple[Callable[[str], str], Mapping[str, Any]]  # how an option's source is named; options by flat name
+
+
+def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
+    """The run that these layers of options give, later ones over earlier ones."""
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+    for where, table in layers:
+        values |= table
+        sources |= {k: where(k) for k in table}
     values.pop("algo", None)
     train, own = build(TrainConfig, values, sources), build(algo.config, values, sources)
+    defaults = task_options(task)
     options = {
         k.removeprefix("task_"): convert_option(task, k.removeprefix("task_"), values.pop(k))
         for k in list(values)
-        if k.removeprefix("task_") in task_defaults and k.startswith("task_")
+        if k.removeprefix("task_") in defaults and k.startswith("task_")
     }
     known_names = _names(TrainConfig) | _names(algo.config)
     for key in values:
         if key not in known_names:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
+    _check_together(algo, train, {k for k, source in sources.items() if not source.startswith(("preset", "default"))})
+    return Run(algo, train, own, options)
+
+
+def _check_together(algo: Algo, train: TrainConfig, given: set[str]) -> None:
+    """What no single option can check. given: names that a person wrote."""
     if train.prompts_per_step % train.minibatches:
         raise UserError(
             f"--minibatches must divide --prompts-per-step: expected a divisor of "
@@ -169,13 +258,77 @@ def parse_train(argv: list[str] | None = None) -> Run:
         )
     if not (0 < train.top_p <= 1 and 0 <= train.min_p <= 1):
         raise UserError(f"expected --top-p in (0, 1] and --min-p in [0, 1], got {train.top_p} and {train.min_p}")
-    return Run(algo, train, own, options, Path(known.resume) if known.resume else None, given.dry_run)
+    if train.samples_per_prompt < algo.min_samples:
+        raise UserError(
+            f"--samples-per-prompt: --algo {algo.name} compares the responses to a problem, expected at least "
+            f"{algo.min_samples}, got {train.samples_per_prompt}"
+        )
+    if not 0 <= train.filter_low <= train.filter_high <= 1:
+        raise UserError(
+            f"expected 0 <= --filter-low <= --filter-high <= 1, got {train.filter_low} and {train.filter_high}"
+        )
+    if train.is_level != "none" and train.old_logp != "recompute":
+        raise UserError(
+            f"--is-level {train.is_level} needs --old-logp recompute: with the sampler's own log-probs as the old ones "
+            "there is nothing to correct"
+        )
+    needs = {
+        "filter_low": ("filter", train.filter == "band"), "filter_high": ("filter", train.filter == "band"),
+        "filter_rounds": ("filter", train.filter != "off"), "is_cap": ("is_level", train.is_level != "none"),
+        "is_mode": ("is_level", train.is_level != "none"),
+        **{"kl_" + name: ("kl", train.kl != "none") for name in ("coef", "in", "target", "horizon", "reference")},
+    }  # fmt: skip
+    for name, (other, on) in needs.items():
+        if name in given and not on and getattr(train, name) != _default(name):
+            raise UserError(f"{flag(name)} has no effect with {flag(other)} {getattr(train, other)}; set that too")
+
+
+def _add_stages(run: Run, tables: Any, layers: Sequence[Layer], last: Layer, source: str) -> Run:
+    """The run with the stages of its file: a stage's table stands over the file's other options and under the command
+    line. In a stage of another algorithm or task, what the run's own one reads does not count."""
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise UserError(f"{source}: expected stages as tables [[stage]], got {tables!r}")
+    if "steps" in last[1]:
+        raise UserError("--steps: the stages of the schedule say how long each is; change them there")
+    stages = []
+    for number, table in enumerate(tables, 1):
+        where = f"{source}, stage {number}"
+        if "steps" not in table:
+            raise UserError(f"{where}: each stage says its number of steps")
+        for key in (*OF_THE_RUN, "stage"):
+            if key in table:
+                raise UserError(f"{where}: {key} is an option of the whole run; set it above the first [[stage]]")
+        name, task = table.get("algo", run.algo.name), table.get("task", run.train.task)
+        if name not in REGISTRY:
+            raise UserError(f"{where}, algo: unknown algorithm {name!r}; {nearest(str(name), REGISTRY)}")
+        algo = REGISTRY[name]
+        foreign = _names(run.algo.config) - _names(algo.config)
+        below: list[Layer] = []
+        for layer, options in layers:
+            if options is run.algo.defaults:
+                below.append((_source(f"default of --algo {name}"), algo.defaults))
+                continue
+            keep = {k: v for k, v in options.items() if k not in foreign}
+            below.append((layer, keep if task == run.train.task else _without_task(keep)))
+        stages.append(_assemble(algo, task, [*below, (_source(where), table), last]))
+    return dataclasses.replace(run, stages=tuple(stages))
+
+
+def _source(name: str) -> Callable[[str], str]:
+    return lambda key: f"{name}, {key}"
+
+
+def _without_task(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in options.items() if not k.startswith("task_")}
 
 
 def write_toml(values: dict[str, Any]) -> str:
-    """Flat options as TOML text."""
-    lines = []
+    """Flat options as TOML text, then the tables of a list of stages."""
+    lines, tables = [], []
     for key, value in values.items():
+        if isinstance(value, list):
+            tables += [f"\n[[{key}]]\n{write_toml(table)}" for table in value]
+            continue
         if isinstance(value, bool):
             text = str(value).lower()
         elif isinstance(value, str):
@@ -183,7 +336,7 @@ def write_toml(values: dict[str, Any]) -> str:
         else:
             text = repr(value)
         lines.append(f"{key} = {text}\n")
-    return "".join(lines)
+    return "".join(lines + tables)
 
 
 def _default(name: str, cls: type = TrainConfig) -> Any:
@@ -235,13 +388,16 @@ def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any
             )
 
 
-def add_options(parser: argparse.ArgumentParser, title: str, cls: type) -> None:
+def add_options(
+    parser: argparse.ArgumentParser, title: str, cls: type, defaults: Mapping[str, Any] | None = None
+) -> None:
     group = parser.add_argument_group(title)
     for f in dataclasses.fields(cls):
         kind, _ = value_type(cls, f.name)
         choices = f.metadata.get("choices")
         metavar = "|".join(choices) if choices else kind.__name__.upper()
-        default = "" if f.default is None else f" [{f.default}]"
+        value = (defaults or {}).get(f.name, f.default)
+        default = "" if value is None else f" [{value}]"
         group.add_argument(flag(f.name), metavar=metavar, help=(f.metadata["help"] + default).replace("%", "%%"))
 
 
@@ -259,7 +415,9 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     epilog = []
     for algo in algos if len(algos) > 1 else []:
         own = CommandParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
-        add_options(own, f"--algo {algo.name}", algo.config)
+        others = ", ".join(f"{flag(k)} {v}" for k, v in algo.defaults.items())
+        title = f"--algo {algo.name}" + (f" (defaults that differ: {others})" if others else "")
+        add_options(own, title, algo.config)
         epilog.append(own.format_help().strip())
     parser = CommandParser(
         prog="python -m pymathrl.train",
@@ -269,12 +427,15 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
         allow_abbrev=False,
     )
     parser.add_argument("--algo", metavar="NAME", help=f"one of {', '.join(REGISTRY)} (needed, except with --resume)")
-    parser.add_argument("--config", metavar="FILE.toml", help="options from a file, by the same names with _ for -")
+    parser.add_argument(
+        "--config", metavar="FILE.toml",
+        help="options from a file, by the same names with _ for -; [[stage]] tables are run one after the other",
+    )  # fmt: skip
     parser.add_argument("--resume", metavar="DIR", help="continue the run in DIR from its newest whole checkpoint")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan (model, memory, tokens per step) and exit"
     )
-    add_options(parser, "every run", TrainConfig)
+    add_options(parser, "every run", TrainConfig, algos[0].defaults if len(algos) == 1 else None)
     if len(algos) == 1:
         add_options(parser, f"--algo {algos[0].name}", algos[0].config)
     add_task_options(parser, task_defaults)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pymathrl import devices
-from pymathrl.batch import STOP_LENGTH, STOP_NAMES
+from pymathrl.batch import STOP_LENGTH, STOP_NAMES, Rollout
 from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.config import add_task_options
 from pymathrl.errors import UserError
@@ -26,21 +26,12 @@ from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import load
 from pymathrl.options import CommandParser
-from pymathrl.prompt import encode
-from pymathrl.rollout import Engine
+from pymathrl.prompt import Prompts, encode
+from pymathrl.rollout import Draws, Engine
 from pymathrl.tasks import TASKS, Grade, Problem, Task, convert_option, load_task, task_options
 from pymathrl.verify import verify
 
-MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
 EVAL_STREAM = 0x65766131 << 32  # mixed into the seed: an evaluation never repeats a draw of a training rollout
-
-
-def sample_uids(problems: Sequence[Problem], samples: int) -> torch.Tensor:
-    """int64 [P*samples]: the identity of each sample, which keys its random numbers: (problem uid, sample index)."""
-    if samples > MAX_SAMPLES:
-        raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {samples}")
-    problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
-    return ((problem << 16)[:, None] + torch.arange(samples)).flatten()
 
 
 @dataclass(frozen=True)
@@ -73,10 +64,12 @@ def evaluate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     on_progress: Callable[[int, int], None] | None = None,
+    rollout: Callable[[Prompts, Draws], Rollout] | None = None,
 ) -> Evaluation:
     """Samples `samples` responses per problem and grades them. pass@k counts exact correctness, never the reward.
 
     on_progress(done, total) is called every few tokens, in problems: done is what the finished responses amount to.
+    rollout: writes the responses in the place of the engine's plain generation (then without progress).
     """
     policy = engine.policy
     start = time.perf_counter()
@@ -95,14 +88,15 @@ def evaluate(
         if on_progress is not None:
             on_progress(finished // samples, len(kept))
 
+    draws = Draws(samples, max_new_tokens, temperature, top_k, top_p, min_p, seed ^ EVAL_STREAM)
+    ids = [ids for _, ids in kept]
     # one call: a cut into parts would wait for the slowest response of each with most rows idle
-    rollout = engine.generate(
-        [ids for _, ids in kept], samples, max_new_tokens, seed=seed ^ EVAL_STREAM, uids=sample_uids(chosen, samples),
-        temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, on_progress=progress,
+    drawn = rollout(Prompts(chosen, ids), draws) if rollout is not None else engine.generate(
+        ids, samples, max_new_tokens, seed=draws.seed, uids=draws.uids(chosen), **draws.sampling, on_progress=progress
     )  # fmt: skip
-    verdicts = verify(rollout, chosen, task, policy.tokenizer)
+    verdicts = verify(drawn, chosen, task, policy.tokenizer)
     groups = [slice(i * samples, (i + 1) * samples) for i in range(len(kept))]
-    stop, length = [STOP_NAMES[s] for s in rollout.stop.tolist()], rollout.response_lengths.tolist()
+    stop, length = [STOP_NAMES[s] for s in drawn.stop.tolist()], drawn.response_lengths.tolist()
     grades, texts = [verdicts.grades[g] for g in groups], [verdicts.texts[g] for g in groups]
     stops, lengths = [stop[g] for g in groups], [length[g] for g in groups]
     metrics = evaluate_samples(

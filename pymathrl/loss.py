@@ -7,8 +7,8 @@ over the logits, and two GEMMs for the gradients of the hidden states and of the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pymathrl.algos import LossSpec
 from pymathrl.batch import ROLE_SAMPLED, Batch, keep_support, micro_batches
+from pymathrl.config import TrainConfig
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.linear import linear_out
@@ -36,6 +37,7 @@ class TokenTerms:
     offsets                    int64 [S+1] form "sequence": rows of each sequence
     support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
                                that each token was drawn from; the distribution is renormalised over them
+    extra                      name -> [N]: further inputs of `policy_loss` by name, such as ref_logp
     """
 
     old_logp: Tensor
@@ -45,6 +47,7 @@ class TokenTerms:
     link: Tensor | None = None
     offsets: Tensor | None = None
     support: tuple[Tensor, Tensor] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, begin: int, end: int) -> TokenTerms:
         """Rows begin..end; old_mean_logp reaches one row further, where there is one."""
@@ -55,6 +58,7 @@ class TokenTerms:
             coef=self.coef[begin:end],
             old_mean_logp=None if self.old_mean_logp is None else self.old_mean_logp[begin : end + 1],
             link=None if self.link is None else self.link[begin:end],
+            extra={name: values[begin:end] for name, values in self.extra.items()},
         )
 
 
@@ -119,7 +123,8 @@ class _FusedHead(torch.autograd.Function):
             return logits, row.lse
 
         def token_loss(begin: int, end: int) -> PolicyLoss:
-            part, extra = terms.rows(begin, end), dict(spec.terms)
+            part = terms.rows(begin, end)
+            extra = {**spec.terms, **part.extra}
             if spec.form == "rover":
                 extra |= dict(mean_logp=mean_logp[begin : end + 1], old_mean_logp=part.old_mean_logp, link=part.link)
             elif spec.form == "sequence":
@@ -174,6 +179,29 @@ class LossReport:
     idle_rows: int  # of these, left out because their gradient is exactly zero
 
 
+def with_options(spec: LossSpec, config: TrainConfig, kl_coef: float) -> LossSpec:
+    """An algorithm's loss with what the options of every run add to it. kl_coef: the factor of the KL as it is now."""
+    terms, idle = dict(spec.terms), spec.idle_when_zero
+    if config.kl != "none" and config.kl_in == "loss":
+        terms |= {"kl": config.kl, "kl_coef": kl_coef}
+        idle = False  # every token has a gradient now
+    if config.entropy_coef:
+        terms |= {"entropy_coef": config.entropy_coef}
+        idle = False
+    if config.is_level != "none":
+        terms |= {"tis_level": config.is_level, "tis_cap": config.is_cap, "tis_mode": config.is_mode}
+    aggregation = spec.aggregation if config.aggregation == "auto" else config.aggregation
+    return replace(spec, terms=terms, aggregation=aggregation, idle_when_zero=idle)
+
+
+def loss_inputs(spec: LossSpec) -> tuple[str, ...]:
+    """Names of the per-token inputs that this loss reads besides log-probs and advantages: fields of `Batch.extra`."""
+    names = ["proxy_logp", "selected"] if spec.form == "lp_reg" else []
+    names += ["ref_logp"] if spec.terms.get("kl", "none") != "none" else []
+    names += ["behaviour_logp"] if spec.terms.get("tis_cap") is not None else []
+    return tuple(names)
+
+
 def minibatch_loss(
     model: Decoder,
     batch: Batch,
@@ -183,12 +211,20 @@ def minibatch_loss(
     temperature: float,
     token_budget: int,
     max_new_tokens: int,
+    terms: Callable[[Batch], Mapping[str, Tensor]] | None = None,
 ) -> LossReport:
     """Accumulates into the gradients of `model` the loss of these rows of the batch: one optimizer step.
 
     The normalisers (N tokens, B responses) are those of all the rows, whatever the cut into micro-batches.
+    terms: makes further fields of `Batch.extra` from the whole minibatch, before its loss.
     """
     mini = batch.select(rows)
+    if terms is not None:
+        mini = replace(mini, extra={**mini.extra, **terms(mini)})
+    missing = [name for name in loss_inputs(spec) if name not in mini.extra]
+    if missing:
+        raise ValueError(f"minibatch_loss: form {spec.form!r} with {dict(spec.terms)} needs Batch.extra {missing}")
+    extra = {name: mini.extra[name] for name in loss_inputs(spec)}
     rollout = mini.rollout
     mask, row = rollout.sampled_mask, rollout.row_of_token
     tokens = int(mask.sum())
@@ -198,10 +234,10 @@ def minibatch_loss(
     mini = replace(mini, weight=weight)
     live = torch.arange(rollout.rows, device=rollout.device)
     if spec.idle_when_zero:
-        # Exactly equal rewards give advantages of exactly 0, and in this form their gradient is exactly 0 too. Their
-        # tokens stay in the normalisers above.
+        # Exactly equal rewards give advantages of exactly 0, and in this form their gradient is exactly 0 too; so is
+        # that of a factor of 0. Their tokens stay in the normalisers above.
         active = torch.zeros(rollout.rows, dtype=torch.bool, device=rollout.device)
-        active[row[mini.advantage != 0]] = True
+        active[row[(mini.advantage != 0) & (mini.coef != 0)]] = True
         live = live[active]
     # A link leads to the next token where that is sampled in the same row: ROVER's Q' looks across it.
     link = torch.zeros_like(rollout.role, dtype=torch.uint8)
@@ -214,11 +250,12 @@ def minibatch_loss(
     for micro in micro_batches(rollout, live, token_budget):
         at = micro.token_index
         hidden = model.hidden(micro.ids, micro.starts)[micro.hidden_index]
-        terms = TokenTerms(
+        inputs = TokenTerms(
             old_logp=rollout.logp[at], advantage=mini.advantage[at], coef=mini.weight[at] * mini.coef[at],
             old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets, support=rollout.support_of(at),
+            extra={name: values[at] for name, values in extra.items()},
         )  # fmt: skip
-        out = fused_policy_loss(hidden, model.head_weight, micro.targets, terms, spec, temperature=temperature)
+        out = fused_policy_loss(hidden, model.head_weight, micro.targets, inputs, spec, temperature=temperature)
         out.loss.backward()
         report.loss += out.loss.detach()
         report.stats.append(out.stats)

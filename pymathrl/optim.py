@@ -44,6 +44,16 @@ class Optimizer:
             lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True,
         )  # fmt: skip
 
+    def restart(self, config: TrainConfig, total_updates: int) -> None:
+        """A new stage: its options and a schedule from its start; the moments go on, or begin anew."""
+        self.config, self.total_updates, self.updates = config, max(1, total_updates), 0
+        decays = (config.weight_decay, 0.0)
+        for group, decay in zip(self.adamw.param_groups, decays, strict=True):
+            betas = (config.adam_beta1, config.adam_beta2)
+            group.update(lr=config.lr, betas=betas, eps=config.adam_eps, weight_decay=decay)
+        if config.stage_optimizer == "fresh":
+            self.adamw.state.clear()
+
     def learning_rate(self) -> float:
         """The rate of the next step: linear warm-up, then constant, linear to 0 or half a cosine to 0."""
         c = self.config
@@ -77,11 +87,12 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return StepReport(value, rate, applied)
 
-    def restart(self) -> None:
-        """As new, with the weights as they are now: no moments, the schedule at its beginning, masters of the weights.
-        A second optimizer on the same model would not do: the first one's masters take the gradients."""
-        groups = self.adamw.state_dict()["param_groups"]
-        self.load_state_dict({"adamw": {"state": {}, "param_groups": groups}, "updates": 0, "masters": []})
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """Masters take the values of the weights, which were set from outside. A second optimizer on the same model
+        would not do: the masters of the first take the gradients."""
+        for weight, master in self._masters():
+            master.copy_(weight)
 
     def _masters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight, its master) where the two differ."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pymathrl.errors import UserError
@@ -13,9 +14,9 @@ from pymathrl.tasks import Problem, Task
 class Prompts:
     """problems [P] and their token ids [P]; cursor: where the next draw begins; too_long: how many were passed over."""
 
-    problems: list[Problem]
-    ids: list[list[int]]
-    cursor: int
+    problems: Sequence[Problem]
+    ids: Sequence[Sequence[int]]
+    cursor: int = 0
     too_long: int = 0
 
 

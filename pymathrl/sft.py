@@ -41,7 +41,7 @@ from pymathrl.ops._call import WHY
 from pymathrl.optim import Optimizer
 from pymathrl.prompt import draw
 from pymathrl.report import plot_run
-from pymathrl.rollout import Engine
+from pymathrl.rollout import Draws, Engine
 from pymathrl.rows import pack
 from pymathrl.sft_options import SftConfig, SftRun, parse_sft
 from pymathrl.tasks import Task, load_task
@@ -223,7 +223,8 @@ class Session:
             if config.mode == "rft":
                 if config.reset_to_base == "yes" and number > 0:
                     copy_weights(first_policy(config, self.policy.device), self.policy)
-                self.optimizer.restart()
+                    self.optimizer.read_weights()
+                self.optimizer.restart(replace(self.common, stage_optimizer="fresh"), self.steps)
         elif digest != state.digest:
             raise UserError(
                 f"--resume {self.out}: the rows of {', '.join(s.name for s in self.blend.sources)} are not those that "
@@ -240,10 +241,10 @@ class Session:
             prompts = draw(self.policy, self.task, cursor=state.problem_cursor, count=config.problems, seed=config.seed,
                            max_tokens=min(c.max_prompt_tokens, room))  # fmt: skip
         with self.timer("rollout"):
-            found = collect(
-                self.engine, self.task, prompts, config.rules(), samples=config.samples_per_prompt, hint=config.hint,
-                max_new_tokens=c.max_new_tokens, temperature=c.temperature, top_k=c.top_k, top_p=c.top_p, min_p=c.min_p,
-            )  # fmt: skip
+            draws = Draws(
+                config.samples_per_prompt, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, config.seed
+            )
+            found = collect(self.engine, self.task, prompts, config.rules(), draws, hint=config.hint)
         shown = ", ".join(f"{n} {why.removeprefix('left_out/')}" for why, n in found.metrics.items() if "/" in why)
         sampled = f"round {number + 1}: {len(found.rows)} of {found.metrics['responses']} responses accepted"
         self.log.note(f"{sampled} ({shown})" if shown else sampled)

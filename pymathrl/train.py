@@ -12,15 +12,17 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pymathrl import devices
-from pymathrl.advantage import advantage
-from pymathrl.batch import STOP_LENGTH, Batch, Rollout
+from pymathrl.advantage import advantage, mask_tokens, reference_terms
+from pymathrl.batch import STOP_LENGTH, Graded, Rollout
 from pymathrl.checkpoint import (
     clean_checkpoints,
     explain_os_errors,
@@ -31,45 +33,27 @@ from pymathrl.checkpoint import (
     write_atomic,
 )
 from pymathrl.config import Run, TrainConfig, parse_train, write_toml
+from pymathrl.context import Context, Position
 from pymathrl.errors import UserError
-from pymathrl.eval import evaluate, sample_uids
+from pymathrl.eval import evaluate
+from pymathrl.filter import Filter
+from pymathrl.learner import Learner, Update
 from pymathrl.log import RunLog, StageTimer
-from pymathrl.loss import WORKSPACE_BYTES, LossReport, minibatch_loss
+from pymathrl.loss import WORKSPACE_BYTES, with_options
 from pymathrl.metrics import completion_stats
 from pymathrl.models import ModelConfig, Policy, load, save
 from pymathrl.models.paged import Buffers, PagedCache
 from pymathrl.ops._call import WHY
 from pymathrl.ops.attention import PAGE, fused_attention
 from pymathrl.ops.policy_loss import STATS, merge_stats
-from pymathrl.optim import Optimizer, StepReport
-from pymathrl.prompt import Prompts, draw
 from pymathrl.report import plot_run
-from pymathrl.rollout import Engine, score
 from pymathrl.rollout.engine import PREFILL_ROWS
 from pymathrl.tasks import Task, load_task
-from pymathrl.verify import Verdicts, verify
 
 EVAL_KS = (1, 8)
-# Of the trainer state in a checkpoint. 2: q and k rows in the checkpoint's own order, and master weights; the moments
-# of format 1, which bore no number, belong to rows in another order.
-STATE_FORMAT = 2
+# Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
+STATE_FORMAT = 3
 MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
-
-
-@dataclass
-class State:
-    """All that a resumed run needs besides the weights and the optimizer; plain data, saved with each checkpoint.
-
-    Random numbers need no state: every draw is a pure function of (seed, problem, sample, position).
-    """
-
-    step: int = 0  # steps done
-    cursor: int = 0  # next element of the task's stream
-    wall_s: float = 0.0  # of all sessions of the run
-    tokens: int = 0  # generated
-    skipped: int = 0  # optimizer steps left out because of a nan or an infinity
-    skips_in_a_row: int = 0
-    before: dict[str, float] = field(default_factory=dict)  # the evaluation before training
 
 
 class Stop:
@@ -99,28 +83,29 @@ class Stop:
 
 def train(run: Run) -> int:
     """Runs the command line `run`. Returns the exit code: 0, or 130 when it was interrupted and saved."""
-    config = run.train
+    config, stages = run.train, run.stages or (run,)
     device = devices.resolve(config.device)
     threads = devices.set_threads(config.threads)
-    task = load_task(config.task, **run.task_options)
-    if config.steps:
-        task.train(0, config.seed)  # a task with nothing to train on fails here: nothing was loaded or written yet
+    tasks = [load_task(stage.train.task, **stage.task_options) for stage in stages]
+    for stage, task in zip(stages, tasks, strict=True):
+        if stage.train.steps:
+            task.train(0, config.seed)  # a task with nothing to train on fails here: nothing was loaded or written yet
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)  # first: it puts back a checkpoint whose replacement was cut short
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
     policy = load(str(checkpoint or config.model), device, devices.weight_dtype(config.dtype, device))
-    config = fit_context(config, policy)
-    run = replace(run, train=config)
+    run = replace(run, train=fit_context(config, policy))
+    stages = tuple(replace(stage, train=fit_context(stage.train, policy)) for stage in stages)
     if config.prompt_style != "auto":
         policy = replace(policy, prompt_style=config.prompt_style)
     policy.model.train()
-    memory = plan_memory(config, policy, device)  # before the optimizer makes masters, which are part of the plan
-    optimizer = Optimizer(policy.model, config, config.steps * config.epochs * config.minibatches)
-    plan = describe(run, policy, device, threads, memory)
+    # before the optimizer makes masters, which are part of the plan
+    memory = [plan_memory(stage.train, policy, device) for stage in stages]
+    plan = describe(run, stages, policy, device, threads, memory)
     if run.dry_run:
         print("\n".join(plan))
         return 0
-    state = State()
+    at, saved = Position(), dict[str, Any]()
     if run.resume is None:
         out = new_run_dir(config.out, f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
     else:
@@ -132,27 +117,40 @@ def train(run: Run) -> int:
                     f"--resume {out}: saved by an earlier version of pymathrl; start a new run from its weights: "
                     f"--model {checkpoint}"
                 )
-            optimizer.load_state_dict(saved["optimizer"])
-            state = State(**saved["state"])
-        if state.step >= config.steps and (out / "summary.json").exists():
-            print(f"{out}: all {state.step} steps are done; give a larger --steps to go on")
+            at = Position(**saved["state"])
+        if at.step >= run.steps and (out / "summary.json").exists():
+            print(f"{out}: all {at.step} steps are done; give a larger --steps to go on")
             return 0
-        truncate_metrics(out, state.step if checkpoint is not None else -1)
+        truncate_metrics(out, at.step if checkpoint is not None else -1)
     with explain_os_errors("write the run's options", out / "config.toml"):
         write_atomic(out / "config.toml", write_toml(run.values()).encode())
 
     title = f"{run.algo.name} on {config.task}, seed {config.seed}"
-    with Stop() as stop, RunLog(out, config.steps, start_step=state.step, title=title) as log:
+    with Stop() as stop, RunLog(out, run.steps, start_step=at.step, title=title) as log:
         for line in plan:
             log.note(line)
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
-        engine = Engine(policy, config.seed, max_batch=config.rollout_rows, max_pages=max(1, memory.pages))
-        session = Session(run, policy, engine, task, optimizer, state, log, out)
-        session.loop(stop)
-        if stop.asked and state.step < config.steps:
-            log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.train --resume {out}")
-            return 130
+        stage, task = stages[at.stage], tasks[at.stage]
+        learner = Learner(
+            policy, stage.train, updates=updates_of(stage.train), max_pages=max(1, memory[at.stage].pages)
+        )
+        if saved:
+            learner.optimizer.load_state_dict(saved["optimizer"])
+        ctx = Context(stage, learner, task, at, log.note)
+        ctx.memory = None if stage.algo.memory is None else stage.algo.memory(ctx)
+        if ctx.memory is not None and saved:
+            ctx.memory.load_state_dict(saved["memory"])
+        session = Session(run, ctx, log, out, load_task(config.task, **run.task_options))
+        if saved:
+            session.filter.load_state_dict(saved["filter"])
+        for number in range(at.stage, len(stages)):
+            if number != at.stage:
+                session.next_stage(stages[number], tasks[number], memory[number].pages)
+            session.loop(stop)
+            if stop.asked and at.step < run.steps:
+                log.note(f"stopped after step {at.step}; continue with: python -m pymathrl.train --resume {out}")
+                return 130
         session.finish()
     with explain_os_errors("draw the curves", out):
         plot_run(out)
@@ -160,166 +158,186 @@ def train(run: Run) -> int:
     return 0
 
 
+def updates_of(config: TrainConfig) -> int:
+    """Optimizer steps of a stage, at most."""
+    return config.steps * config.epochs * config.minibatches
+
+
 @dataclass
 class Session:
-    """One sitting of a run: what the loop works on."""
+    """One sitting of a run: what the loop works on. run: its options, those of evaluations; ctx.run: the stage's."""
 
     run: Run
-    policy: Policy
-    engine: Engine
-    task: Task
-    optimizer: Optimizer
-    state: State
+    ctx: Context
     log: RunLog
     out: Path
+    test_task: Task
 
     def __post_init__(self) -> None:
-        self.timer = StageTimer(self.log.stage, lambda: devices.synchronize(self.policy.device))
-        self.spec = self.run.algo.loss(self.run.own)
-        self.started = time.perf_counter() - self.state.wall_s
-        self.saved_step = self.state.step if self.run.resume is not None else -1
+        self.at = self.ctx.at
+        self.timer = StageTimer(self.log.stage, lambda: devices.synchronize(self.ctx.policy.device))
+        self.filter = Filter(self.ctx)
+        self.started = time.perf_counter() - self.at.wall_s
+        self.saved_step = self.at.step if self.run.resume is not None else -1
+
+    def next_stage(self, stage: Run, task: Task, pages: int) -> None:
+        """Goes on with the weights, and by default the optimizer's moments, under the options of another stage. The
+        algorithm's memory stays where the algorithm does."""
+        ctx, before = self.ctx, self.ctx.run
+        self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, -1.0
+        self.log.note(f"stage {self.at.stage + 1}: {stage_line(stage)}")
+        ctx.run, ctx.task = stage, task
+        ctx.learner.restart(stage.train, updates=updates_of(stage.train), max_pages=max(1, pages))
+        if stage.algo.memory is not before.algo.memory:
+            ctx.memory = None if stage.algo.memory is None else stage.algo.memory(ctx)
+        self.filter = Filter(ctx)
 
     def loop(self, stop: Stop) -> None:
-        config, state = self.run.train, self.state
-        if state.step == 0 and not state.before:
-            state.before = self.evaluate(config.eval_problems, config.eval_samples)
-        while state.step < config.steps and not stop.asked:
+        """The steps of the stage that are left."""
+        config, at = self.ctx.train, self.at
+        if at.step == 0 and not at.before:
+            at.before = self.evaluate(self.run.train.eval_problems, self.run.train.eval_samples)
+        while at.stage_step < config.steps and not stop.asked:
             metrics, samples = self.step()
-            state.step += 1
-            last = state.step == config.steps
-            if not last and config.eval_every and state.step % config.eval_every == 0:
-                self.evaluate(config.eval_problems_during, config.eval_samples_during)
+            at.step += 1
+            at.stage_step += 1
+            last = at.step == self.run.steps
+            if not last and config.eval_every and at.step % config.eval_every == 0:
+                self.evaluate(self.run.train.eval_problems_during, self.run.train.eval_samples_during)
             # The log first: a kill in between then repeats a step whose lines the resume drops, and loses none.
-            self.log.samples(state.step, samples)
-            self.log.step(state.step, metrics | self.timer.pop())
-            due = config.checkpoint_every and state.step % config.checkpoint_every == 0
+            self.log.samples(at.step, samples)
+            self.log.step(at.step, metrics | self.timer.pop())
+            due = config.checkpoint_every and at.step % config.checkpoint_every == 0
             if due or stop.asked or last:
                 self.save()
-        if stop.asked and self.saved_step != state.step:
+        if stop.asked and self.saved_step != at.step:
             self.save()
 
     def step(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """One pass of the six stages: (metrics, rows for samples.jsonl)."""
-        run, config, policy, state, timer = self.run, self.run.train, self.policy, self.state, self.timer
-        begin = time.perf_counter()
-        with timer("prompt"):
-            prompts = draw(policy, self.task, cursor=state.cursor, count=config.prompts_per_step, seed=config.seed,
-                           max_tokens=config.max_prompt_tokens)  # fmt: skip
-        gap: dict[str, float] = {}
-        with timer("rollout"):
-            rollout = self.engine.generate(
-                prompts.ids, config.samples_per_prompt, config.max_new_tokens, temperature=config.temperature,
-                top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
-                uids=sample_uids(prompts.problems, config.samples_per_prompt),
-            )  # fmt: skip
-            if config.old_logp == "recompute":
-                logp, mean_logp, entropy = score(policy, rollout, config.temperature, config.tokens_per_microbatch)
-                gap = logp_gap(rollout, logp)  # after the exchange the update could only be compared with itself
-                rollout = replace(rollout, logp=logp, mean_logp=mean_logp, entropy=entropy)
-        with timer("verify"):
-            verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
-        metrics = rollout_metrics(rollout, verdicts, config.samples_per_prompt)
-        if bool(torch.isfinite(verdicts.reward).all()):
-            with timer("advantage"):
-                advantages = advantage(rollout, verdicts.reward, verdicts.correct, run.algo, run.own)
-            metrics["frac_reward_zero_std"] = float(advantages.equal.float().mean())
-            metrics |= self.update(advantages.batch)
-        else:
-            bad = int((~torch.isfinite(verdicts.reward)).sum())
-            self.log.note(
-                f"step {state.step + 1}: {bad} rewards are nan or infinite; no update, the weights stay as they were"
-            )
+        ctx, config, algo, at, timer = self.ctx, self.ctx.train, self.ctx.run.algo, self.at, self.timer
+        begin, before = time.perf_counter(), at.tokens
+        ctx.metrics = {}
+        metrics: dict[str, Any] = {}
+        graded = self.collect()
+        if graded is None:
+            self.log.note(f"step {at.step + 1}: --filter {config.filter} kept no group; no update")
             self.count_skips([False])
-        metrics |= gap
-        state.cursor = prompts.cursor
-        generated = int(rollout.response_lengths.sum())
-        state.tokens += generated
+        elif not bool(torch.isfinite(graded.reward).all()):
+            bad = int((~torch.isfinite(graded.reward)).sum())
+            self.log.note(
+                f"step {at.step + 1}: {bad} rewards are nan or infinite; no update, the weights stay as they were"
+            )
+            metrics |= rollout_metrics(graded)
+            self.count_skips([False])
+        else:
+            metrics |= rollout_metrics(graded)
+            with timer("advantage"):
+                graded = reference_terms(ctx, graded)
+                batch = mask_tokens(algo.shape(ctx, graded, advantage(ctx, graded)), config)
+            update = ctx.learner.update(
+                batch, with_options(algo.loss(ctx.own), config, at.kl_coef),
+                terms=None if algo.terms is None else partial(algo.terms, ctx), learn=partial(algo.learn, ctx),
+                timer=timer,
+            )  # fmt: skip
+            self.count_skips([s.applied for s in update.steps])
+            metrics |= update_metrics(update)
+            with timer("optim"):
+                algo.after_step(ctx, batch)
+        metrics |= ctx.metrics
         metrics |= {
-            "tokens": state.tokens,
-            "tokens_per_second": generated / (time.perf_counter() - begin),
-            "prompts/too_long": prompts.too_long,
-            "updates/skipped": state.skipped,
+            "tokens": at.tokens,
+            "tokens_per_second": (at.tokens - before) / (time.perf_counter() - begin),
+            "updates/skipped": at.skipped,
         }
-        return metrics, sample_rows(prompts, verdicts, config)
+        return metrics, [] if graded is None else sample_rows(graded, config.samples_per_step)
 
-    def update(self, batch: Batch) -> dict[str, Any]:
-        """The optimizer steps of one batch. Whole groups go into a minibatch, in the order they were drawn."""
-        config = self.run.train
-        rows = torch.arange(batch.rollout.rows, device=batch.rollout.device)
-        losses: list[LossReport] = []
-        steps: list[StepReport] = []
-        for _ in range(config.epochs):
-            for part in rows.chunk(config.minibatches):
-                with self.timer("loss"):
-                    report = minibatch_loss(
-                        self.policy.model, batch, part, self.spec, temperature=config.temperature,
-                        token_budget=config.tokens_per_microbatch, max_new_tokens=config.max_new_tokens,
-                    )  # fmt: skip
-                    finite = math.isfinite(float(report.loss))
-                with self.timer("optim"):
-                    steps.append(self.optimizer.step(finite))
-                losses.append(report)
-        self.count_skips([s.applied for s in steps])
-        return update_metrics(losses, steps)
+    def collect(self) -> Graded | None:
+        """The groups of a step, graded; with --filter those that it keeps, from as many draws as that takes."""
+        ctx, algo, timer = self.ctx, self.ctx.run.algo, self.timer
+        kept, too_long = self.filter.start(), 0
+        while count := self.filter.wanted(0 if kept is None else kept.groups):
+            with timer("prompt"):
+                prompts = algo.draw(ctx, count)
+                too_long += prompts.too_long
+            with timer("rollout"):
+                rollout = algo.rollout(ctx, prompts, ctx.draws)
+                self.at.tokens += int(rollout.sampled_mask.sum())
+                extra = {}
+                if ctx.train.old_logp == "recompute":
+                    scores = ctx.score(rollout)
+                    # now: after the exchange the update could only be compared with itself
+                    ctx.metrics |= logp_gap(rollout, scores.logp)
+                    extra = {"behaviour_logp": rollout.logp}
+                    rollout = replace(rollout, logp=scores.logp, mean_logp=scores.mean_logp, entropy=scores.entropy)
+            with timer("verify"):
+                graded = algo.judge(ctx, replace(ctx.verify(rollout, prompts.problems), extra=extra))
+            kept = self.filter.take(kept, graded)
+        ctx.metrics["prompts/too_long"] = too_long
+        return self.filter.finish(kept)
 
     def count_skips(self, applied: Sequence[bool]) -> None:
         """Counts optimizer steps that were left out, says so, and gives up after MAX_SKIPS in a row."""
-        state = self.state
+        at = self.at
         for ok in applied:
-            state.skips_in_a_row = 0 if ok else state.skips_in_a_row + 1
-            state.skipped += not ok
+            at.skips_in_a_row = 0 if ok else at.skips_in_a_row + 1
+            at.skipped += not ok
         missed = len(applied) - sum(applied)
-        if missed:
-            self.log.note(f"step {state.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity)")
-        if state.skips_in_a_row >= MAX_SKIPS:
+        if missed and len(applied) > 1:
+            self.log.note(f"step {at.step + 1}: {missed} of {len(applied)} updates skipped (nan or infinity)")
+        if at.skips_in_a_row >= MAX_SKIPS:
             raise UserError(
-                f"{state.skips_in_a_row} updates in a row had nan or infinite rewards, losses or gradients and were "
+                f"{at.skips_in_a_row} updates in a row had nan or infinite rewards, losses or gradients and were "
                 f"skipped; the checkpoints in {self.out / 'checkpoints'} are whole: look at the task's rewards, "
                 "or lower --lr"
             )
 
     def evaluate(self, problems: int, samples: int) -> dict[str, float]:
         """pass@1, pass@8, diversity and lengths on the held-out problems, logged under eval/."""
-        config = self.run.train
+        config, ctx = self.run.train, self.ctx
+        algo = ctx.run.algo
         with self.timer("eval"):
             result = evaluate(
-                self.engine, self.task, self.task.test(problems), samples=samples,
+                ctx.engine, self.test_task, self.test_task.test(problems), samples=samples,
                 ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=config.max_new_tokens,
                 max_prompt_tokens=config.max_prompt_tokens, temperature=config.temperature,
+                rollout=(lambda prompts, draws: algo.rollout(ctx, prompts, draws)) if algo.tools else None,
             )  # fmt: skip
         if result.too_long:
             self.log.note(
                 f"evaluation: {result.too_long} of {problems} prompts exceed --max-prompt-tokens and are left out"
             )
-        self.log.eval(self.state.step, "eval", result.metrics)
+        self.log.eval(self.at.step, "eval", result.metrics)
         return result.metrics
 
     def save(self) -> None:
-        if not all(bool(torch.isfinite(p).all()) for p in self.policy.model.parameters()):
+        ctx, at = self.ctx, self.at
+        if not all(bool(torch.isfinite(p).all()) for p in ctx.policy.model.parameters()):
             raise UserError(
-                f"the weights hold nan or infinity after step {self.state.step}; they are not saved, and the earlier "
+                f"the weights hold nan or infinity after step {at.step}; they are not saved, and the earlier "
                 f"checkpoints in {self.out / 'checkpoints'} are whole: lower --lr"
             )
         with self.timer("checkpoint"):
-            self.state.wall_s = time.perf_counter() - self.started
+            at.wall_s = time.perf_counter() - self.started
             content = {
-                "format": STATE_FORMAT, "optimizer": self.optimizer.state_dict(), "state": vars(self.state).copy(),
+                "format": STATE_FORMAT, "optimizer": ctx.learner.optimizer.state_dict(), "state": vars(at).copy(),
+                "memory": {} if ctx.memory is None else ctx.memory.state_dict(), "filter": self.filter.state_dict(),
             }  # fmt: skip
             save_checkpoint(
-                self.out, self.state.step, lambda folder: save(self.policy, folder), content,
+                self.out, at.step, lambda folder: save(ctx.policy, folder), content,
                 keep=self.run.train.keep_checkpoints,
             )  # fmt: skip
-        self.saved_step = self.state.step
+        self.saved_step = at.step
 
     def finish(self) -> None:
         """The evaluation after training, and summary.json."""
-        config, state = self.run.train, self.state
+        config, at = self.run.train, self.at
         after = self.evaluate(config.eval_problems, config.eval_samples)
         wall = time.perf_counter() - self.started
         self.log.summary({
             "algo": self.run.algo.name, "task": config.task, "model": config.model, "seed": config.seed,
-            "steps": state.step, "before": state.before, "after": after, "wall_s": wall,
-            "tokens": state.tokens, "tokens_per_second": state.tokens / wall, "skipped_updates": state.skipped,
+            "steps": at.step, "before": at.before, "after": after, "wall_s": wall,
+            "tokens": at.tokens, "tokens_per_second": at.tokens / wall, "skipped_updates": at.skipped,
         })  # fmt: skip
 
 
@@ -413,11 +431,12 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
     return Memory(free, update, activations, buffers, pages, page, wanted)
 
 
-def describe(run: Run, policy: Policy, device: torch.device, threads: int, memory: Memory) -> list[str]:
-    """The plan of a run, a few lines: model, kernels, memory, tokens per step."""
+def describe(
+    run: Run, stages: Sequence[Run], policy: Policy, device: torch.device, threads: int, memory: Sequence[Memory]
+) -> list[str]:
+    """The plan of a run, a few lines: model, kernels, memory, tokens per step, stages."""
     c, m = run.train, policy.config
     count = sum(p.numel() for p in policy.model.parameters())
-    rows = c.prompts_per_step * c.samples_per_prompt
     where = f"{threads} CPU threads"
     if device.type == "cuda":
         where = f"{torch.cuda.get_device_name(device)}; attention of the update: {fused_attention()[1]}"
@@ -426,30 +445,44 @@ def describe(run: Run, policy: Policy, device: torch.device, threads: int, memor
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
         f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
-        memory.line(),
-        f"step      {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "
-        f"{c.max_new_tokens} tokens = {rows * c.max_new_tokens:,} tokens at most; "
-        f"{c.epochs * c.minibatches} updates of {rows // c.minibatches} responses; {c.steps} steps",
+        max(memory, key=lambda plan: plan.update + plan.activations + plan.wanted * plan.page_bytes).line(),
     ]  # fmt: skip
-    if memory.pages * PAGE < c.max_prompt_tokens + c.max_new_tokens:
-        lines.append("warning   this may not fit: lower --tokens-per-microbatch (activations) or --max-new-tokens")
+    for number, stage in enumerate(stages, 1):
+        lines.append((f"stage {number:<4}" if run.stages else "step     ") + stage_line(stage))
+    for stage, plan in zip(stages, memory, strict=True):
+        if plan.pages * PAGE < stage.train.max_prompt_tokens + stage.train.max_new_tokens:
+            lines.append("warning   this may not fit: lower --tokens-per-microbatch (activations) or --max-new-tokens")
+            break
     return lines
+
+
+def stage_line(run: Run) -> str:
+    """What the steps of a stage are, in one line."""
+    c = run.train
+    rows = c.prompts_per_step * c.samples_per_prompt
+    return (
+        f"{run.algo.name} on {c.task}: {c.prompts_per_step} problems x {c.samples_per_prompt} responses of at most "
+        f"{c.max_new_tokens} tokens = {rows * c.max_new_tokens:,} tokens at most; "
+        f"{c.epochs * c.minibatches} updates of {rows // c.minibatches} responses; {c.steps} steps"
+    )
 
 
 def _gib(count: float) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
 
 
-def rollout_metrics(rollout: Rollout, verdicts: Verdicts, group: int) -> dict[str, Any]:
+def rollout_metrics(graded: Graded) -> dict[str, Any]:
     """What the rollouts say, before any update."""
-    sampled = rollout.sampled_mask
-    lengths = rollout.response_lengths
-    rewards = verdicts.reward.double()
+    rollout, rewards = graded.rollout, graded.reward.double()
+    lengths, bounds = rollout.response_lengths, rollout.group_offsets.tolist()
+    groups = [rewards[a:b] for a, b in pairwise(bounds)]
+    spread = [float(g.std()) if g.numel() > 1 else 0.0 for g in groups]
     return {
         "reward": float(rewards.mean()),
-        "reward_std": float(rewards.view(-1, group).std(1).mean()),
-        "accuracy": float(verdicts.correct.float().mean()),
-        "entropy": float(rollout.entropy[sampled].mean()),
+        "reward_std": sum(spread) / len(spread),
+        "accuracy": float(graded.correct.float().mean()),
+        "frac_reward_zero_std": float(graded.equal.float().mean()),
+        "entropy": float(rollout.entropy[rollout.sampled_mask].mean()),
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
         **completion_stats(lengths.tolist(), (rollout.stop == STOP_LENGTH).tolist()),
@@ -462,14 +495,18 @@ def logp_gap(rollout: Rollout, logp: torch.Tensor) -> dict[str, float]:
     return {"logp_gap/mean": float(gap.mean()), "logp_gap/max": float(gap.max())}
 
 
-def update_metrics(losses: Sequence[LossReport], steps: Sequence[StepReport]) -> dict[str, Any]:
+def update_metrics(update: Update) -> dict[str, Any]:
     """What the optimizer steps of a batch say. logp_gap compares sampler and update pass before the first of them."""
+    losses, steps = update.losses, update.steps
     metrics: dict[str, Any] = {
         "loss": sum(float(r.loss) for r in losses) / len(losses),
         "grad_norm": sum(s.grad_norm for s in steps) / len(steps),
         "learning_rate": steps[-1].learning_rate,
         "updates/idle_rows": sum(r.idle_rows for r in losses),
     }
+    for name in {name for row in update.beside for name in row}:
+        values = [row[name] for row in update.beside if name in row]
+        metrics[name] = sum(values) / len(values)
     tables = [t for r in losses for t in r.stats]
     if not tables:
         return metrics
@@ -482,6 +519,15 @@ def update_metrics(losses: Sequence[LossReport], steps: Sequence[StepReport]) ->
         "clip_ratio/low": s["clip_low"] / tokens,
         "clip_ratio/high": s["clip_high"] / tokens,
     }
+    for name, column in (("clip_ratio/dual", "dual_clip"), ("kl/reference", "kl"), ("selected", "selected")):
+        if s[column]:
+            metrics[name] = s[column] / tokens
+    if math.isfinite(s["tis_weight_max"]) and s["tis_weight_square"]:
+        metrics |= {
+            "is_weight/mean": s["tis_weight"] / tokens, "is_weight/max": s["tis_weight_max"],
+            "is_weight/clipped": s["tis_clipped"] / tokens,
+            "is_weight/ess": s["tis_weight"] ** 2 / (tokens * s["tis_weight_square"]),  # 1 = all weights equal
+        }  # fmt: skip
     if math.isfinite(s["q_max"]):  # a ROVER run
         for name in ("q", "next_q", "target"):
             metrics |= {
@@ -497,14 +543,14 @@ def update_metrics(losses: Sequence[LossReport], steps: Sequence[StepReport]) ->
     return metrics
 
 
-def sample_rows(prompts: Prompts, verdicts: Verdicts, config: Any) -> list[dict[str, Any]]:
-    """The first response of each of the first problems, for reading."""
+def sample_rows(graded: Graded, count: int) -> list[dict[str, Any]]:
+    """The first response of each of the first `count` problems, for reading."""
     rows = []
-    for i, problem in enumerate(prompts.problems[: config.samples_per_step]):
-        at = i * config.samples_per_prompt
-        grade = verdicts.grades[at]
+    first_rows = graded.rollout.group_offsets.tolist()
+    for problem, at in list(zip(graded.problems, first_rows, strict=False))[:count]:
+        grade = graded.grades[at]
         rows.append({
-            "problem": problem.question, "text": verdicts.texts[at], "reward": grade.reward,
+            "problem": problem.question, "text": graded.texts[at], "reward": float(graded.reward[at]),
             "correct": grade.correct, "reason": grade.reason,
         })  # fmt: skip
     return rows

@@ -1,11 +1,16 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import grpo, rover
+from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
     "rover": rover.ALGO,
     "grpo": grpo.ALGO,
+    "dr_grpo": dr_grpo.ALGO,
+    "dapo": dapo.ALGO,
+    "gspo": gspo.ALGO,
+    "cispo": cispo.ALGO,
+    "rloo": rloo.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

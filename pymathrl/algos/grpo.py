@@ -4,45 +4,46 @@
     r_t = exp(log pi(y_t) - log pi_old(y_t))
     L   = mean over responses of (mean over its tokens of -min(r_t A, clip(r_t, 1 - clip_low, 1 + clip_high) A))
 
-`--clip-high 0.28` is DAPO's clip-higher, `--adv-scale none` Dr. GRPO's unscaled advantage, `--aggregation token-mean`
-the average over all tokens of the optimizer step. log pi_old comes from the sampler, which runs on the same weights.
+log pi_old comes from the sampler, which runs on the same weights.
 
-Differs from the paper: no KL term to a reference model (its coefficient is 0 in most later recipes and TRL's default).
+Differs from the paper: no KL term to a reference model unless `--kl k3 --kl-coef 0.04` puts it there (the coefficient
+is 0 in most later recipes, and TRL's default).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage
-from pymathrl.options import at_least, option, positive
+from pymathrl.algos.common import SEQ_MEAN, clip_high, clip_low, clip_terms, dual_clip, group_scores
+from pymathrl.batch import Graded
+from pymathrl.options import option, positive
+
+if TYPE_CHECKING:
+    from pymathrl.context import Context
 
 
 @dataclass(frozen=True)
 class Config:
-    clip_low: float = option(
-        0.2, "the ratio is clipped below 1 - this (paper: 0.2)", check=lambda v: 0 <= v <= 1, expected="between 0 and 1"
-    )
-    clip_high: float = at_least(0, 0.2, "the ratio is clipped above 1 + this (paper: 0.2)")
-    adv_scale: str = option("group_std", "divide A by the group's std or not", choices=("none", "group_std"))
+    clip_low: float = clip_low(0.2, "paper: 0.2")
+    clip_high: float = clip_high(0.2, "paper: 0.2; DAPO: 0.28")
+    dual_clip: float = dual_clip(0.0, "verl: 3")
+    adv_scale: str = option(
+        "group_std", "divide A by the std of the group, of the batch (of all rewards), or not",
+        choices=("none", "group_std", "batch_std"),
+    )  # fmt: skip
     adv_eps: float = positive(1e-6, "added to the std (verl: 1e-6, TRL: 1e-4)")
-    aggregation: str = option(
-        "seq-mean-token-mean",
-        "average over tokens within each response, then over responses (paper), or over all tokens of the step",
-        choices=("seq-mean-token-mean", "token-mean"),
-    )
 
 
-def advantage(reward: Tensor, offsets: Tensor, tokens: Tensor, config: Config) -> GroupAdvantage:
-    return group_advantage(reward, offsets, centre="group_mean", scale=config.adv_scale, eps=config.adv_eps)
+def advantage(ctx: Context, graded: Graded) -> Tensor:
+    return group_scores(graded, centre="group_mean", scale=ctx.own.adv_scale, eps=ctx.own.adv_eps)
 
 
 def loss(config: Config) -> LossSpec:
-    terms = {"clip_low": config.clip_low, "clip_high": config.clip_high}
-    return LossSpec(form="clip", aggregation=config.aggregation, terms=terms, idle_when_zero=True)
+    return LossSpec(form="clip", aggregation=SEQ_MEAN, terms=clip_terms(config), idle_when_zero=True)
 
 
 ALGO = Algo(

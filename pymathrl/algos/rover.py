@@ -20,12 +20,17 @@ batch. The released mathematics script also divides A by the group's standard de
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage
+from pymathrl.algos.common import group_scores
+from pymathrl.batch import Graded
 from pymathrl.options import at_least, option, positive
+
+if TYPE_CHECKING:
+    from pymathrl.context import Context
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,8 @@ class Config:
     )  # fmt: skip
 
 
-def advantage(reward: Tensor, offsets: Tensor, tokens: Tensor, config: Config) -> GroupAdvantage:
-    return group_advantage(reward, offsets, centre="group_mean", scale=config.adv_scale)
+def advantage(ctx: Context, graded: Graded) -> Tensor:
+    return group_scores(graded, centre="group_mean", scale=ctx.own.adv_scale)
 
 
 def loss(config: Config) -> LossSpec:

@@ -1,6 +1,9 @@
-"""The log-probs of a rollout under the policy as it is now, by the update's forward pass."""
+"""What a policy says of the tokens of a rollout, by the update's forward pass."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,16 +15,26 @@ from pymathrl.ops.token_logprob import token_logprob
 SCORE_LOGITS = 1 << 24  # fp32 logits held at once: 64 MiB
 
 
-@torch.no_grad()
-def score(
-    policy: Policy, rollout: Rollout, temperature: float, token_budget: int = 16384
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, mean_logp, entropy), each fp32 [T] nats, of the sampled tokens under the policy as it is now; 0 elsewhere.
+class Scores(NamedTuple):
+    """fp32 [T] each, nats where they are logs; 0 where the token was not sampled."""
 
-    At `temperature`, over the support that the rollout's filters left. Right after sampling they are the sampler's own:
-    on a CPU bit for bit (contract C1).
-    """
-    out = tuple(torch.zeros_like(rollout.logp) for _ in range(3))
+    logp: Tensor
+    mean_logp: Tensor
+    entropy: Tensor
+    proxy_logp: Tensor | None = None  # with min_p: see `token_logprob`
+
+
+class Scored(NamedTuple):
+    """Some sampled tokens of a rollout, n of them."""
+
+    at: Tensor  # int64 [n], of the token in the packed arrays
+    hidden: Tensor  # [n,D] the state that scores it, after the last norm
+    logits: Tensor  # fp32 [n,V], raw; -inf outside the support of a filtered draw
+
+
+@torch.no_grad()
+def walk(policy: Policy, rollout: Rollout, token_budget: int = 16384) -> Iterator[Scored]:
+    """Every sampled token of the rollout once, in order, a bounded number at a time."""
     chunk = max(1, SCORE_LOGITS // policy.config.vocab_size)
     for part in micro_batches(rollout, torch.arange(rollout.rows, device=rollout.device), token_budget):
         hidden = policy.model.hidden(part.ids, part.starts)[part.hidden_index]
@@ -31,7 +44,22 @@ def score(
             logits = policy.model.logits(hidden[piece])
             if support is not None:
                 keep_support(logits, support, start)
-            scored = token_logprob(logits, part.targets[piece], temperature=temperature)
-            for values, name in zip(out, ("logp", "mean_logp", "entropy"), strict=True):
-                values[part.token_index[piece]] = getattr(scored, name)
-    return out[0], out[1], out[2]
+            yield Scored(part.token_index[piece], hidden[piece], logits)
+
+
+@torch.no_grad()
+def score(
+    policy: Policy, rollout: Rollout, temperature: float, token_budget: int = 16384, min_p: float | None = None
+) -> Scores:
+    """The sampled tokens under the policy as it is now.
+
+    At `temperature`, over the support that the rollout's filters left. Right after sampling they are the sampler's own:
+    on a CPU bit for bit (contract C1).
+    """
+    names = ("logp", "mean_logp", "entropy", "proxy_logp")[: 3 + (min_p is not None)]
+    out = {name: torch.zeros_like(rollout.logp) for name in names}
+    for part in walk(policy, rollout, token_budget):
+        scored = token_logprob(part.logits, rollout.ids[part.at], temperature=temperature, min_p=min_p)
+        for name, values in out.items():
+            values[part.at] = getattr(scored, name)
+    return Scores(**out)

@@ -1,0 +1,50 @@
+"""CISPO: clips the weight, not the gradient, after "MiniMax-M1" (arXiv 2506.13585, section 3.1).
+
+    A = (R - mean of the group) / (std of the group + eps)
+    L = mean over the tokens of the step of -sg(clip(r, weight_low, weight_high)) A log pi
+
+No token is left without a gradient. The value of the loss means nothing (it holds log pi); its gradient does.
+
+Weights here are absolute bounds of the ratio, as in TRL; verl's clip_high 0.2 is 1.2 here. The paper gives no number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pymathrl.algos.algo import Algo, LossSpec
+from pymathrl.algos.common import group_scores
+from pymathrl.batch import Graded
+from pymathrl.options import at_least, positive
+
+if TYPE_CHECKING:
+    from pymathrl.context import Context
+
+
+@dataclass(frozen=True)
+class Config:
+    weight_low: float = at_least(0, 0.0, "least weight (verl and TRL: none, 0)")
+    weight_high: float = positive(1.2, "largest weight (verl: 1.2; ScaleRL, arXiv 2510.13786: 5)")
+    adv_eps: float = positive(1e-6, "added to the std (verl: 1e-6)")
+
+
+def advantage(ctx: Context, graded: Graded) -> Tensor:
+    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
+
+
+def loss(config: Config) -> LossSpec:
+    terms = {"weight": "clipped_ratio", "weight_low": config.weight_low, "weight_high": config.weight_high}
+    return LossSpec(form="weighted", aggregation="token-mean", terms=terms, idle_when_zero=True)
+
+
+ALGO = Algo(
+    name="cispo",
+    summary="log-likelihood weighted by a clipped ratio: every token keeps its gradient",
+    paper="arXiv 2506.13585",
+    config=Config,
+    advantage=advantage,
+    loss=loss,
+)

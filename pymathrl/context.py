@@ -1,0 +1,152 @@
+"""What the hooks of an algorithm may use: options, the policy with its engine, the task, the verifier, other models.
+
+One per session of a run. Hooks are functions of it and of what travels between the stages; what they remember lies in
+`ctx.memory` and is saved with each checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pymathrl import devices
+from pymathrl.batch import Graded, Rollout
+from pymathrl.config import Run, TrainConfig
+from pymathrl.errors import UserError
+from pymathrl.learner import Learner
+from pymathrl.models import Policy, load
+from pymathrl.prompt import Prompts, draw, encode
+from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
+from pymathrl.tasks import Problem, Task
+from pymathrl.verify import verify
+
+
+@dataclass
+class Position:
+    """Where a run is; plain data, saved with each checkpoint.
+
+    Random numbers need no state: every draw is a pure function of (seed, problem, sample, position).
+    """
+
+    step: int = 0  # steps done
+    stage: int = 0  # of a run with stages, from 0
+    stage_step: int = 0  # steps done in it
+    cursor: int = 0  # next element of the task's stream
+    wall_s: float = 0.0  # of all sessions of the run
+    tokens: int = 0  # generated
+    skipped: int = 0  # optimizer steps left out because of a nan or an infinity
+    skips_in_a_row: int = 0
+    kl_coef: float = -1.0  # of --kl as --kl-target has moved it; -1: not yet
+    before: dict[str, float] = field(default_factory=dict)  # the evaluation before training
+
+
+@dataclass
+class Context:
+    """run: the options. at: where the run is. memory: what the algorithm keeps, made by `Algo.memory`. metrics: numbers
+    that hooks add are logged with the step. note(text): a line of the log."""
+
+    run: Run
+    learner: Learner
+    task: Task
+    at: Position
+    note: Callable[[str], None] = print
+    memory: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    _reference: Policy | None = None
+
+    @property
+    def train(self) -> TrainConfig:
+        """The options of every run."""
+        return self.run.train
+
+    @property
+    def own(self) -> Any:
+        """The algorithm's own options, an instance of `Algo.config`."""
+        return self.run.own
+
+    @property
+    def policy(self) -> Policy:
+        return self.learner.policy
+
+    @property
+    def engine(self) -> Engine:
+        return self.learner.engine
+
+    @property
+    def progress(self) -> float:
+        """The share of the run's (or the stage's) steps that is done, 0 .. 1."""
+        return self.at.stage_step / max(1, self.train.steps)
+
+    @property
+    def draws(self) -> Draws:
+        """How the rollouts of training are drawn."""
+        c = self.train
+        return Draws(c.samples_per_prompt, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, c.seed)
+
+    def draw(self, count: int) -> Prompts:
+        """The next `count` problems of the task's stream."""
+        prompts = draw(self.policy, self.task, cursor=self.at.cursor, count=count, seed=self.train.seed,
+                       max_tokens=self.train.max_prompt_tokens)  # fmt: skip
+        self.at.cursor = prompts.cursor
+        return prompts
+
+    def encode(self, problem: Problem) -> list[int]:
+        """The prompt of a problem as token ids."""
+        return encode(self.policy, self.task, problem)
+
+    def tokens(self, text: str) -> list[int]:
+        """The token ids of a text alone, without begin token or template: for forced phrases."""
+        return self.policy.tokenizer.encode(text)
+
+    def generate(self, prompts: Prompts, draws: Draws | None = None, **options: Any) -> Rollout:
+        """Responses to the prompts, `draws.samples` each. options: more arguments of `Engine.generate`."""
+        d = draws or self.draws
+        return self.engine.generate(
+            prompts.ids,
+            d.samples,
+            d.max_new_tokens,
+            uids=d.uids(prompts.problems),
+            seed=d.seed,
+            **d.sampling,
+            **options,
+        )
+
+    def verify(self, rollout: Rollout, problems: Sequence[Problem]) -> Graded:
+        """The task's verdict on each row; problems [P] in the order of the groups, which are numbered 0 .. P-1."""
+        v = verify(rollout, problems, self.task, self.policy.tokenizer)
+        return Graded(rollout, problems, v.reward, v.correct, v.grades, v.texts)
+
+    def score(self, rollout: Rollout, policy: Policy | None = None, min_p: float | None = None) -> Scores:
+        """The sampled tokens under `policy` [the one that is trained, as it is now], at the rollouts' temperature."""
+        c = self.train
+        return score(policy or self.policy, rollout, c.temperature, c.tokens_per_microbatch, min_p)
+
+    def walk(self, rollout: Rollout, policy: Policy | None = None) -> Iterator[Scored]:
+        """Hidden states and logits of every sampled token, a bounded number at a time."""
+        return walk(policy or self.policy, rollout, self.train.tokens_per_microbatch)
+
+    def frozen_copy(self) -> Policy:
+        """The policy as it is now, with weights of its own that nothing moves."""
+        return replace(self.policy, model=copy.deepcopy(self.policy.model).requires_grad_(False).eval())
+
+    def reference(self) -> Policy:
+        """The reference policy of KL terms: --kl-reference, or the model that the run began with. Loaded when first
+        asked for."""
+        if self._reference is None:
+            device = self.policy.device
+            name = self.train.kl_reference or self.train.model
+            self._reference = load(name, device, devices.weight_dtype(self.train.dtype, device))
+            self._reference.model.requires_grad_(False)
+            if self._reference.config.vocab_size != self.policy.config.vocab_size:
+                raise UserError(
+                    f"--kl-reference {name}: its vocabulary has {self._reference.config.vocab_size} tokens, the "
+                    f"policy's {self.policy.config.vocab_size}; it must be of the same family"
+                )
+        return self._reference
+
+    def new_learner(self, policy: Policy, updates: int) -> Learner:
+        """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
+        Keep it in the memory and save its `state_dict`."""
+        return Learner(policy, self.train, updates=updates)
