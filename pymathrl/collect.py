@@ -10,6 +10,7 @@ from typing import Any
 from pymathrl.accept import Rules, Trace, choose
 from pymathrl.batch import STOP_LENGTH
 from pymathrl.prompt import Prompts
+from pymathrl.retro import Attempt, Retro, revise
 from pymathrl.rollout import Draws, Engine
 from pymathrl.tasks import Problem, Task
 from pymathrl.verify import verify
@@ -31,11 +32,12 @@ def collect(
     draws: Draws,
     *,
     hint: str = "",
+    retro: Retro | None = None,
 ) -> Collected:
     """Responses to each problem, graded and chosen by `rules`. A response is the hint and what was drawn next.
 
     Under "beyond-greedy" one greedy response without the hint is graded too. What is drawn follows from the weights,
-    the seed and the problems' uids.
+    the seed and the problems' uids. retro: what is kept is then revised by Retro-Search.
     """
     policy, problems = engine.policy, prompts.problems
     begun = policy.tokenizer.encode(hint) if hint else []
@@ -50,25 +52,33 @@ def collect(
     cut = (rollout.stop == STOP_LENGTH).tolist()
     responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
     texts = [hint + text for text in policy.tokenizer.decode_batch(responses)]
-    rows: list[dict[str, Any]] = []
+    kept: list[Attempt] = []
     reasons: Counter[str] = Counter()
     right = solved = 0
     for i, problem in enumerate(problems):
-        traces = _traces(task, problem, range(i * draws.samples, (i + 1) * draws.samples), texts, responses, cut)
-        kept, left_out = choose(traces, rules, greedy[i])
+        first = i * draws.samples
+        traces = _traces(task, problem, range(first, first + draws.samples), texts, responses, cut)
+        chosen, left_out = choose(traces, rules, greedy[i])
         reasons += left_out
         right += sum(t.correct for t in traces)
-        solved += bool(kept)
-        asked = task.prompt(problem, policy.prompt_style)
-        rows += [
-            {"prompt": asked, "response": traces[k].text, "question": problem.question, "answer": problem.answer,
-             "tokens": len(begun) + len(traces[k].ids)}
-            for k in kept
-        ]  # fmt: skip
+        solved += bool(chosen)
+        prompt = [*prompts.ids[i], *begun]
+        kept += [Attempt(problem, prompt, list(responses[first + k]), k) for k in chosen]
     metrics: dict[str, Any] = {
-        "accuracy": right / rollout.rows, "responses": rollout.rows, "accepted": len(rows),
+        "accuracy": right / rollout.rows, "responses": rollout.rows, "accepted": len(kept),
         "problems": len(problems), "problems_with_rows": solved,
     }  # fmt: skip
+    if retro is not None:
+        before = sum(len(a.ids) for a in kept)
+        revise(engine, task, kept, retro, draws, hint)
+        metrics |= {"revised": sum(a.replaced > 0 for a in kept), "tokens_before": before,
+                    "tokens_after": sum(len(a.ids) for a in kept)}  # fmt: skip
+    rows = [
+        {"prompt": task.prompt(a.problem, policy.prompt_style), "response": hint + policy.tokenizer.decode(a.ids),
+         "question": a.problem.question, "answer": a.problem.answer, "tokens": len(begun) + len(a.ids),
+         **({"revised": a.replaced} if retro is not None else {})}
+        for a in kept
+    ]  # fmt: skip
     return Collected(rows, metrics | {f"left_out/{why}": n for why, n in sorted(reasons.items())})
 
 

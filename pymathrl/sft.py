@@ -244,8 +244,12 @@ class Session:
             draws = Draws(
                 config.samples_per_prompt, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, config.seed
             )
-            found = collect(self.engine, self.task, prompts, config.rules(), draws, hint=config.hint)
+            found = collect(
+                self.engine, self.task, prompts, config.rules(), draws, hint=config.hint, retro=config.retro()
+            )
         shown = ", ".join(f"{n} {why.removeprefix('left_out/')}" for why, n in found.metrics.items() if "/" in why)
+        if "revised" in found.metrics:
+            shown += "; revised {revised}, {tokens_before} to {tokens_after} tokens".format_map(found.metrics)
         sampled = f"round {number + 1}: {len(found.rows)} of {found.metrics['responses']} responses accepted"
         self.log.note(f"{sampled} ({shown})" if shown else sampled)
         if not found.rows:
@@ -405,9 +409,11 @@ def copy_weights(source: Policy, target: Policy) -> None:
 
 def plan(config: SftConfig, common: TrainConfig, policy: Policy, device: torch.device) -> Memory:
     """What the run needs of the free memory; generation is that of the rounds, or of the evaluations."""
-    rft = config.mode == "rft"
+    rft, most = config.mode == "rft", min(config.max_tokens, policy.config.max_positions)
+    tokens = min(max(config.tokens_per_microbatch, most), config.rows_per_step * most)  # of one forward pass
     asked = replace(
-        common, prompts_per_step=config.problems if rft else config.eval_problems, minibatches=1,
+        common, tokens_per_microbatch=tokens, minibatches=1,
+        prompts_per_step=config.problems if rft else config.eval_problems,
         samples_per_prompt=config.samples_per_prompt if rft else config.eval_samples,
     )  # fmt: skip
     return plan_memory(asked, policy, device)
@@ -427,8 +433,9 @@ def describe(
         f"'{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
     ]
-    if config.task is not None:
-        lines.append(memory.line())
+    lines.append(memory.line(generates=config.task is not None))
+    if memory.update + memory.activations > memory.free:
+        lines.append("warning   this may not fit: lower --tokens-per-microbatch (activations) or --max-tokens")
     if blend is not None:
         total = sum(blend.counts)
         for source, share in zip(blend.sources, blend.counts, strict=True):

@@ -14,6 +14,7 @@ from pymathrl.blend import parse_data
 from pymathrl.config import TrainConfig, add_options, add_task_options, build, formatter, read_toml
 from pymathrl.errors import UserError, nearest
 from pymathrl.options import CommandParser, at_least, convert, flag, option, positive
+from pymathrl.retro import Retro
 from pymathrl.tasks import TASKS, convert_option, task_options
 
 MODES = {
@@ -82,6 +83,13 @@ class SftConfig:
     max_repetition: float = option(0.5, "rft: responses with more than this share of repeated n-grams are not kept",
                                    check=lambda v: 0 <= v <= 1, expected="in [0, 1]")  # fmt: skip
     max_per_problem: int = positive(4, "rft: different responses kept of one problem")
+    revise: str = option("no", "rft: what is kept is first made shorter by Retro-Search", choices=("no", "retro"))
+    switch_words: str = option("alternatively,wait", "retro: words, comma-separated, that begin another thought",
+                               check=lambda v: any(w.strip() for w in v.split(",")), expected="a word")  # fmt: skip
+    step_break: str = option("\n\n", "retro: text between steps; a try may not begin a thought in its first step",
+                             check=bool, expected="a text that is not empty")  # fmt: skip
+    step_discount: float = option(0.9, "retro: value of a right answer per step that leads to it",
+                                  check=lambda v: 0 < v < 1, expected="in (0, 1)")  # fmt: skip
 
     max_prompt_tokens: int = like("max_prompt_tokens")
     max_new_tokens: int = like("max_new_tokens")
@@ -106,6 +114,10 @@ class SftConfig:
             self.accept, self.min_accepted_tokens, self.max_accepted_tokens, self.repetition_ngram,
             self.max_repetition, self.max_per_problem,
         )  # fmt: skip
+
+    def retro(self) -> Retro | None:
+        words = tuple(w.strip() for w in self.switch_words.split(",") if w.strip())
+        return Retro(words, self.step_break, self.step_discount) if self.revise == "retro" else None
 
 
 TINY = {"steps": 60, "max_tokens": 128, "max_new_tokens": 64, "max_prompt_tokens": 64, "eval_every": 20,

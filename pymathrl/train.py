@@ -392,11 +392,16 @@ class Memory:
     page_bytes: int
     wanted: int  # pages with which no sequence ever waits for memory
 
-    def line(self) -> str:
+    def line(self, generates: bool = True) -> str:
+        text = (
+            f"memory    {_gib(self.free)} free: gradients and AdamW {_gib(self.update)}, activations "
+            f"{_gib(self.activations)}"
+        )
+        if not generates:
+            return text
         cache = self.pages * self.page_bytes
         return (
-            f"memory    {_gib(self.free)} free: gradients and AdamW {_gib(self.update)}, activations "
-            f"{_gib(self.activations)}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
+            f"{text}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
             f"({self.pages:,} pages of {PAGE} tokens, {self.wanted:,} would hold every response at full length)"
         )
 

@@ -20,6 +20,7 @@ from pymathrl.models import load
 from pymathrl.rows import join, pack
 from pymathrl.sft import main, supervised_loss
 from pymathrl.sft_options import PRESETS, parse_sft
+from pymathrl.tasks import load_task
 from tests.models.plain import plain_hidden
 from tests.test_blend import write
 from tests.tiny import read_metrics, save_tiny, tiny_policy
@@ -191,9 +192,10 @@ Optimizer.step = step
 """
 
 
-@pytest.mark.parametrize("mode", ["sft", "rft"])
-def test_kill_then_resume_gives_the_same_bits(mode, tmp_path):
-    """rft: two rounds of 4 steps with reset to the first weights; the kill is inside the second."""
+@pytest.mark.parametrize(("mode", "call"), [("sft", 8), ("rft", 8), ("rft", 5)])
+def test_kill_then_resume_gives_the_same_bits(mode, call, tmp_path):
+    """rft: two rounds of 4 steps with reset to the first weights; the kill is inside the second, or at its first step,
+    when its rows are sampled and nothing of it is trained."""
     if mode == "sft":
         argv = ["--model", str(save_tiny(tmp_path / "model")), "--data",
                 f"{data_file(tmp_path / 'a.jsonl')}:3,{data_file(tmp_path / 'b.jsonl', 5)}:1"]  # fmt: skip
@@ -202,9 +204,9 @@ def test_kill_then_resume_gives_the_same_bits(mode, tmp_path):
         argv = [*RFT, "--rounds", "2", "--steps", "4", "--reset-to-base", "yes", "--checkpoint-every", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command(*argv, "--out", str(whole))[0] == 0
-    code, text = command(*argv, "--out", str(killed), driver=KILL.format(call=8))
+    code, text = command(*argv, "--out", str(killed), driver=KILL.format(call=call))
     assert code == -signal.SIGKILL, text
-    assert not (killed / "summary.json").exists() and len(losses(killed)) == 7
+    assert not (killed / "summary.json").exists() and len(losses(killed)) == call - 1
     code, text = command("--resume", str(killed))
     assert code == 0, text
     assert final_hash(killed, 8) == final_hash(whole, 8)
@@ -271,6 +273,19 @@ def test_a_hint_begins_each_response_and_greedy_filters(tmp_path):
     assert rows and all(r["response"].startswith("</think><answer>") for r in rows)
     summary = json.loads((out / "summary.json").read_text())
     assert summary["rounds"][0]["left_out/greedy is right too"] > 0
+
+
+def test_accepted_traces_are_revised_before_they_are_written(tmp_path):
+    out = tmp_path / "run"
+    argv = [*RFT, "--steps", "1", "--revise", "retro", "--switch-words", "+", "--step-break", "+", "--problems", "32"]
+    assert main([*argv, "--max-per-problem", "8", "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in (out / "rounds" / "round-1.jsonl").read_text().splitlines()]
+    summary = json.loads((out / "summary.json").read_text())["rounds"][0]
+    assert summary["revised"] == sum(r["revised"] > 0 for r in rows) > 0
+    assert summary["tokens_after"] == sum(r["tokens"] for r in rows) != summary["tokens_before"]
+    task = load_task("countdown")
+    problems = {p.question: p for p in (task.train(i, 0) for i in range(32))}
+    assert all(task.grade(problems[r["question"]], r["response"]).correct for r in rows)
 
 
 def test_average_of_models(tmp_path, capsys):
