@@ -48,7 +48,7 @@ def collect(
     rollout = engine.generate(
         [[*ids, *begun] for ids in prompts.ids], draws.samples, draws.max_new_tokens, uids=draws.uids(problems),
         seed=draws.seed, **draws.sampling,
-    )  # fmt: skip
+    ).cpu()  # fmt: skip
     cut = (rollout.stop == STOP_LENGTH).tolist()
     responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
     texts = [hint + text for text in policy.tokenizer.decode_batch(responses)]

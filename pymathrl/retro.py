@@ -119,7 +119,7 @@ def _write(
         [[*a.prompt, *head] for a, head in zip(todo, heads, strict=True)], 1,
         [draws.max_new_tokens - len(head) for head in heads], uids=uids, seed=draws.seed, stop_strings=strings,
         hook=hook, **draws.sampling,
-    )  # fmt: skip
+    ).cpu()  # fmt: skip
 
 
 def tokens_before(tokenizer: Tokenizer, ids: Sequence[int], characters: int) -> int:

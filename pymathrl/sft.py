@@ -21,7 +21,7 @@ from torch import Tensor
 from pymathrl import devices
 from pymathrl.algos import LossSpec
 from pymathrl.batch import Rollout, micro_batches
-from pymathrl.blend import Blend, DataSpec, FileRows, Solutions, file_blend, parse_data
+from pymathrl.blend import Blend, DataSpec, FileRows, Solutions, file_blend, parse_data, read_file
 from pymathrl.checkpoint import (
     clean_checkpoints,
     explain_os_errors,
@@ -42,6 +42,7 @@ from pymathrl.optim import Optimizer
 from pymathrl.prompt import draw
 from pymathrl.report import plot_run
 from pymathrl.rollout import Draws, Engine
+from pymathrl.rollout.score import score
 from pymathrl.rows import pack
 from pymathrl.sft_options import SftConfig, SftRun, parse_sft
 from pymathrl.tasks import Task, load_task
@@ -86,6 +87,12 @@ def sft(run: SftRun) -> int:
         blend = file_blend(policy, config.mode, parse_data(config.data), most, config.seed)
     elif config.mode == "sft" and task is not None:
         blend = Blend([Solutions(policy, task, most)], [1.0], config.seed)
+        blend.draw(0, 1)  # a task without problems or solutions to train on fails here: nothing was written yet
+    elif task is not None:
+        task.train(0, config.seed)
+    held_out = None
+    if config.eval_data is not None:
+        held_out = read_file(policy, config.mode, parse_data(config.eval_data)[0], most)
     steps = config.steps
     if config.epochs and blend is not None:
         rows = sum(len(s.examples) for s in blend.sources if isinstance(s, FileRows))
@@ -124,7 +131,7 @@ def sft(run: SftRun) -> int:
             log.note(line)
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
-        session = Session(config, common, policy, task, blend, optimizer, state, log, out, steps, memory)
+        session = Session(config, common, policy, task, blend, held_out, optimizer, state, log, out, steps, memory)
         session.loop(stop)
         if stop.asked and state.step < session.total:
             log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.sft --resume {out}")
@@ -153,6 +160,18 @@ def supervised_loss(model: Decoder, rollout: Rollout, weight: Tensor, token_budg
     return total
 
 
+@torch.no_grad()
+def held_out_nll(policy: Policy, rows: FileRows, config: SftConfig) -> float:
+    """sum(w nll) / sum(w) over the trained tokens of all rows, in nats, summed in fp64."""
+    total = weights = 0.0
+    for begin in range(0, len(rows.examples), config.rows_per_step):
+        rollout, weight = pack(rows.examples[begin : begin + config.rows_per_step], policy.device)
+        logp = score(policy, rollout, 1.0, config.tokens_per_microbatch).logp
+        total -= float((weight.double() * logp.double()).sum())
+        weights += float(weight.double().sum())
+    return total / weights
+
+
 @dataclass
 class Session:
     """One sitting of a run: what the loop works on. steps: of a round; a run of one mode but rft is one round."""
@@ -162,6 +181,7 @@ class Session:
     policy: Policy
     task: Task | None
     blend: Blend | None  # mode rft: of the round's rows, None before the first
+    held_out: FileRows | None
     optimizer: Optimizer
     state: State
     log: RunLog
@@ -311,21 +331,25 @@ class Session:
             )
 
     def evaluate(self, problems: int, samples: int) -> dict[str, float]:
-        """pass@1, pass@8, diversity and lengths on the held-out problems of the task, if there is one."""
-        if self.task is None or self.engine is None:
-            return {}
+        """pass@1, pass@8, diversity and lengths on the held-out problems of the task, if there is one, and the loss on
+        the held-out rows, if there are any."""
+        metrics: dict[str, float] = {}
         with self.timer("eval"):
-            result = evaluate(
-                self.engine, self.task, self.task.test(problems), samples=samples,
-                ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=self.common.max_new_tokens,
-                max_prompt_tokens=self.common.max_prompt_tokens, temperature=self.common.temperature,
-            )  # fmt: skip
-        if result.too_long:
-            self.log.note(
-                f"evaluation: {result.too_long} of {problems} prompts exceed --max-prompt-tokens and are left out"
-            )
-        self.log.eval(self.state.step, "eval", result.metrics)
-        return result.metrics
+            if self.held_out is not None:
+                metrics["nll"] = held_out_nll(self.policy, self.held_out, self.config)
+            if self.task is not None and self.engine is not None:
+                result = evaluate(
+                    self.engine, self.task, self.task.test(problems), samples=samples,
+                    ks=[k for k in EVAL_KS if k <= samples], max_new_tokens=self.common.max_new_tokens,
+                    max_prompt_tokens=self.common.max_prompt_tokens, temperature=self.common.temperature,
+                )  # fmt: skip
+                metrics |= result.metrics
+                if result.too_long:
+                    self.log.note(f"evaluation: {result.too_long} of {problems} prompts exceed --max-prompt-tokens and "
+                                  "are left out")  # fmt: skip
+        if metrics:
+            self.log.eval(self.state.step, "eval", metrics)
+        return metrics
 
     def save(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.policy.model.parameters()):
@@ -346,11 +370,11 @@ class Session:
         self.saved_step = self.state.step
 
     def finish(self) -> None:
-        """The evaluation after training, and summary.json. Without a task, before and after are the loss of the first
-        and of the last step."""
+        """The evaluation after training, and summary.json. Without anything to evaluate on, before and after are the
+        loss of the first and of the last step."""
         config, state = self.config, self.state
         before, after = state.before, self.evaluate(config.eval_problems, config.eval_samples)
-        if self.task is None and state.nll:
+        if not after and state.nll:
             before, after = {"nll": state.nll[0]}, {"nll": state.nll[-1]}
         wall = time.perf_counter() - self.started
         sources = [] if self.blend is None else self.blend.sources

@@ -94,6 +94,7 @@ class SftConfig:
     max_prompt_tokens: int = like("max_prompt_tokens")
     max_new_tokens: int = like("max_new_tokens")
     rollout_rows: int = like("rollout_rows")
+    eval_data: str | None = option(None, "held-out rows: FILE.jsonl[:mcq|open]; their loss is part of each evaluation")
     eval_every: int = like("eval_every")
     eval_problems: int = like("eval_problems")
     eval_samples: int = like("eval_samples")
@@ -158,7 +159,7 @@ def parse_sft(argv: list[str] | None = None) -> SftRun:
     """The run that a command line asks for. UserError for anything unknown, misplaced or out of range."""
     argv = sys.argv[1:] if argv is None else argv
     first = CommandParser(add_help=False, allow_abbrev=False)
-    for word in ("--config", "--resume", "--mode", "--task", "--data", "--model"):
+    for word in ("--config", "--resume", "--mode", "--task", "--data", "--model", "--average-of"):
         first.add_argument(word)
     known, _ = first.parse_known_args(argv)
     helping = "-h" in argv or "--help" in argv
@@ -184,7 +185,9 @@ def parse_sft(argv: list[str] | None = None) -> SftRun:
         raise UserError(f"unknown option {word}; {nearest(word, parser._option_string_actions)}")
     typed = {k: v for k, v in vars(given).items() if v is not None and k not in ("config", "resume", "dry_run")}
     model = early.get("model", SftConfig.model)
-    preset = {} if saved else PRESETS.get(model, {}).get(early.get("mode", SftConfig.mode), {})
+    preset = (
+        {} if saved or early.get("average_of") else PRESETS.get(model, {}).get(early.get("mode", SftConfig.mode), {})
+    )
     values = {**preset, **saved, **file, **typed}
     if task is not None:
         values["task"] = task
@@ -220,6 +223,8 @@ def _check(c: SftConfig) -> None:
         raise UserError(f"expected --top-p in (0, 1] and --min-p in [0, 1], got {c.top_p} and {c.min_p}")
     if c.data is not None:
         parse_data(c.data)
+    if c.eval_data is not None and len(parse_data(c.eval_data)) > 1:
+        raise UserError(f"--eval-data: expected one file, got {c.eval_data!r}")
 
 
 def _check_resume(typed: dict[str, Any], saved: dict[str, Any], task: str | None) -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from pymathrl import sft as sft_module
+from pymathrl.blend import DataSpec, read_file
 from pymathrl.checkpoint import hash_parameters
 from pymathrl.config import write_toml
 from pymathrl.models import load
@@ -37,10 +38,10 @@ RFT = [
 ]  # fmt: skip
 
 
-def command(*argv: str, env: dict[str, str] | None = None, driver: str = "") -> tuple[int, str]:
+def command(*argv: str, driver: str) -> tuple[int, str]:
+    """The command in its own process, after the code `driver`: (exit code, what it printed)."""
     code = f"import sys\n{driver}\nfrom pymathrl.sft import main\nsys.exit(main(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *argv], env={**os.environ, **(env or {})}, cwd=ROOT,
-                          capture_output=True, text=True, timeout=200)  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -179,6 +180,18 @@ def test_critiques_are_learned(tmp_path):
     assert losses(out)[-1] < 0.5 * losses(out)[0]
 
 
+def test_loss_on_held_out_rows(tmp_path):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    data = data_file(tmp_path / "a.jsonl")
+    argv = ["--model", str(model), "--data", data, "--eval-data", data, "--steps", "2", *SMALL, "--eval-every", "1"]
+    assert main([*argv, "--out", str(out)]) == 0
+    policy = load(model)
+    expected, _ = reference(policy, read_file(policy, "sft", DataSpec(data), 100).examples)
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["before"] == {"nll": pytest.approx(expected, rel=1e-5)} and summary["after"]["nll"] < expected
+    assert [m["step"] for m in read_metrics(out) if "eval/nll" in m] == [0, 1, 2]
+
+
 KILL = """
 import os, signal
 from pymathrl.optim import Optimizer
@@ -203,12 +216,11 @@ def test_kill_then_resume_gives_the_same_bits(mode, call, tmp_path):
     else:
         argv = [*RFT, "--rounds", "2", "--steps", "4", "--reset-to-base", "yes", "--checkpoint-every", "3"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    assert command(*argv, "--out", str(whole))[0] == 0
+    assert main([*argv, "--out", str(whole)]) == 0
     code, text = command(*argv, "--out", str(killed), driver=KILL.format(call=call))
     assert code == -signal.SIGKILL, text
     assert not (killed / "summary.json").exists() and len(losses(killed)) == call - 1
-    code, text = command("--resume", str(killed))
-    assert code == 0, text
+    assert main(["--resume", str(killed)]) == 0
     assert final_hash(killed, 8) == final_hash(whole, 8)
     assert losses(killed) == losses(whole), "each step once, and the same"
     assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
@@ -318,6 +330,7 @@ def test_average_of_models(tmp_path, capsys):
         (["--lr", "0"], ["--lr", "more than 0"]),
         (["--data", "/nowhere.jsonl"], ["/nowhere.jsonl", "cannot read"]),
         (["--data", "a.jsonl:2,b.jsonl"], ["weights for all files or for none"]),
+        (["--eval-data", "a.jsonl,b.jsonl"], ["--eval-data: expected one file"]),
         (["--task", "contdown"], ["contdown", "countdown"]),
         (["--task-nmix", "3"], ["--task-nmix", "--task-nmin"]),
         (["--top-p", "0"], ["--top-p in (0, 1]"]),
