@@ -94,7 +94,7 @@ def read_run(run_dir: str | Path, label: str | None = None) -> Run:
         if not isinstance(summary, dict):
             raise UserError(f"{path / 'summary.json'}: expected a JSON object, got {type(summary).__name__}")
     series = _read_metrics(path / "metrics.jsonl")
-    algo = config.get("algo", (summary or {}).get("algo"))
+    algo = config.get("algo", config.get("mode", (summary or {}).get("algo")))
     if label is None and not isinstance(algo, str):
         raise UserError(f"{path / 'config.toml'}: expected a string under the key `algo`, got {algo!r}")
     seed = config.get("seed", (summary or {}).get("seed"))
@@ -220,6 +220,11 @@ def _legend_below(ax: Axes) -> None:
 
 
 def _reward_panel(ax: Axes, run: Run) -> None:
+    """The reward; of a supervised run, which has none, the loss."""
+    if "nll" in run.series:
+        _curve(ax, run, "nll", BLUE)
+        _dress(ax, "loss on the trained tokens", "nats per token")
+        return
     if not _curve(ax, run, "reward", BLUE, "mean over the rollouts"):
         _no_data(ax)
     elif "reward_std" in run.series:
