@@ -292,8 +292,9 @@ def minibatch_loss(
     rollout = mini.rollout
     mask, row = rollout.sampled_mask, rollout.row_of_token
     tokens = int(mask.sum())
+    responses = rollout.response_offsets  # a response is one sequence here, with its branches
     weight = aggregation_coef(
-        spec.aggregation, mask, rollout.offsets, tokens=tokens, sequences=rollout.rows, max_length=max_new_tokens
+        spec.aggregation, mask, responses, tokens=tokens, sequences=responses.numel() - 1, max_length=max_new_tokens
     )
     mini = replace(mini, weight=weight)
     live = torch.arange(rollout.rows, device=rollout.device)

@@ -196,9 +196,38 @@ def test_soft_tokens_made_in_two_ways_do_not_mix() -> None:
         Rollout.concat([SOFT, replace(SOFT, soft_sampling=SoftSampling(0.5, 0.2))])
 
 
+# Rows 0 and 3 are responses, 1 and 2 the first one's branches; the second stands alone.
+BRANCHED = replace(
+    make_rollout([(2, 5), (2, 3), (2, 4), (1, 3)], group=[0, 0, 0, 1]),
+    parent=torch.tensor([0, 0, 0, 3]), stop=torch.tensor([0, 0, 0, 1], dtype=torch.int8),
+)  # fmt: skip
+
+
+def test_branch_rows_belong_to_the_response_before_them() -> None:
+    r = BRANCHED
+    r.validate()
+    assert r.main_rows.tolist() == [0, 3] and r.response_of_row.tolist() == [0, 0, 0, 1]
+    assert r.response_offsets.tolist() == [0, 18, 22] and SMALL.response_offsets.tolist() == SMALL.offsets.tolist()
+    assert r.main.lengths.tolist() == [7, 4] and r.main.parent is None and SMALL.main is SMALL
+    part = r.select([3, 0, 2])
+    part.validate()
+    assert part.parent is not None and part.parent.tolist() == [0, 1, 1]
+    both = Rollout.concat([SMALL, r, part])
+    both.validate()
+    assert both.parent is not None and both.parent.tolist() == [0, 1, 2, 3, 3, 3, 6, 7, 8, 8]
+    for rows in ([1], [0, 3, 1], [3, 2]):
+        with pytest.raises(ValueError, match="behind the main row"):
+            r.select(rows)
+    for parent in ([0, 0, 1, 3], [1, 1, 1, 3], [0, 0, 0, 0]):
+        with pytest.raises(ValueError, match="parent"):
+            replace(r, parent=torch.tensor(parent)).validate()
+    with pytest.raises(ValueError, match="group and stop"):
+        replace(r, stop=torch.tensor([0, 1, 0, 1], dtype=torch.int8)).validate()
+
+
 def test_to_keeps_every_field() -> None:
-    both = replace(FILTERED, soft=SOFT.soft, soft_inputs=SOFT.soft_inputs, soft_sampling=SOFT.soft_sampling)
-    moved = make_batch(both).to("meta")
+    soft = {name: getattr(SOFT, name) for name in ("soft", "soft_inputs", "soft_sampling")}
+    moved = make_batch(replace(FILTERED, parent=torch.arange(3), **soft)).to("meta")
     for f in fields(Rollout):
         value = getattr(moved.rollout, f.name)
         assert value == SOFT.soft_sampling if f.name == "soft_sampling" else value.device.type == "meta"

@@ -1,6 +1,20 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, rloo, rover, soft_tokens
+from pymathrl.algos import (
+    acereason,
+    campo,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    parallel_r1,
+    retool,
+    rloo,
+    rover,
+    soft_tokens,
+    tapo,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -14,6 +28,9 @@ REGISTRY: dict[str, Algo] = {
     "soft_tokens": soft_tokens.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

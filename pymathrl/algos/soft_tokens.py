@@ -116,18 +116,16 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     chain: dict[str, Any] = draws.sampling
     if own.cot_mode != "hard":
         chain = {"soft": SoftSampling(own.soft_tau or TAU[own.cot_mode], ctx.memory.sigma, own.soft_top_k)}
-    uids = draws.uids(prompts.problems).view(-1, draws.samples).tolist()
     seqs = roots = engine.start(prompts.ids)
     try:
-        for root, own_uids in zip(roots, uids, strict=True):
-            seqs = [*seqs, *engine.fork(root, draws.samples, own_uids)]
-        rows = seqs[len(roots) :]
-        why = engine.segment(rows, room, stop_strings=[stop], **chain)
+        rows = engine.fork(roots, draws.samples, draws.uids(prompts.problems).tolist())
+        seqs = roots + rows
+        why = engine.segment(rows, room, seed=draws.seed, stop_strings=[stop], **chain)
         going = [(seq, reason) for seq, reason in zip(rows, why, strict=True) if reason != "eos"]
         for seq, reason in going:
             engine.append(seq, early if reason == "string" else late)
         if going:
-            engine.segment([seq for seq, _ in going], own.answer_tokens, **draws.sampling)
+            engine.segment([seq for seq, _ in going], own.answer_tokens, seed=draws.seed, **draws.sampling)
         ctx.metrics["cot/stopped"] = why.count("string") / len(why)
         group = torch.arange(len(roots)).repeat_interleave(draws.samples)
         return engine.rollout(rows, group.tolist())
