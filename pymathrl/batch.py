@@ -317,8 +317,8 @@ class Rollout:
             ok = (size == 0) | ((size > 0) & self.sampled_mask)
             _require_all(ok, size, "Rollout", "support_offsets", "rising values, a support only where sampled")
         made = (self.soft, self.soft_inputs, self.soft_sampling)
-        if any(value is not None for value in made):
-            _require(all(value is not None for value in made), "Rollout", "soft", "soft, soft_inputs and soft_sampling together", "only some")
+        given = sum(value is not None for value in made)
+        _require(given in (0, 3), "Rollout", "soft", "soft, soft_inputs and soft_sampling together", f"{given} of them")
         if self.soft is not None and self.soft_inputs is not None:
             _check("Rollout", "soft", self.soft, (tokens,), torch.bool)
             _require_all(~self.soft | (self.role != ROLE_PROMPT), self.soft, "Rollout", "soft", "False in prompts")
