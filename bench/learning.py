@@ -38,15 +38,16 @@ RUNS: dict[str, list[str]] = {
     "cispo": ["--algo", "cispo"],
     "rloo": ["--algo", "rloo"],
     "reinforce_pp": ["--algo", "reinforce_pp"],
-    "reinforce_pp, baseline": ["--algo", "reinforce_pp", "--rf-baseline", "group",
-                               "--samples-per-prompt", "8", "--prompts-per-step", "64"],  # fmt: skip
+    "reinforce_pp, baseline": [
+        *("--algo", "reinforce_pp", "--rf-baseline", "group", "--samples-per-prompt", "8", "--prompts-per-step", "64")
+    ],
     "ppo": ["--algo", "ppo"],
     "spo": ["--algo", "spo"],
     "soft_tokens": ["--algo", "soft_tokens"],
     "lp_reg": ["--algo", "lp_reg"],
     "cure": ["--algo", "cure"],
     "grpo, filtered": ["--algo", "grpo", "--filter", "band"],
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)

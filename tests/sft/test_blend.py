@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from pymathrl.batch import ROLE_FORCED, ROLE_PROMPT, ROLE_SAMPLED, micro_batches
-from pymathrl.blend import BLOCK, Blend, DataSpec, FileRows, Solutions, apportion, file_blend, parse_data, read_file
 from pymathrl.errors import UserError
 from pymathrl.models import Tokenizer
 from pymathrl.models.tokenizer import TEMPLATE_FILE
-from pymathrl.rows import Choice, as_choice, as_open, join, pack, read_row
+from pymathrl.sft.blend import BLOCK, Blend, DataSpec, FileRows, Solutions, apportion, file_blend, parse_data, read_file
+from pymathrl.sft.rows import Choice, as_choice, as_open, join, pack, read_row
 from pymathrl.tasks import load_task
 from tests.tiny import tiny_policy
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pymathrl.accept import Rules, Trace, choose
 from pymathrl.batch import STOP_LENGTH
 from pymathrl.prompt import Prompts
-from pymathrl.retro import Attempt, Retro, revise
 from pymathrl.rollout import Draws, Engine
+from pymathrl.sft.accept import Rules, Trace, choose
+from pymathrl.sft.retro import Attempt, Retro, revise
 from pymathrl.tasks import Problem, Task
 from pymathrl.verify import verify
 

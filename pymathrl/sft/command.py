@@ -21,7 +21,6 @@ from torch import Tensor
 from pymathrl import devices
 from pymathrl.algos import LossSpec
 from pymathrl.batch import Rollout, micro_batches
-from pymathrl.blend import Blend, DataSpec, FileRows, Solutions, file_blend, parse_data, read_file
 from pymathrl.checkpoint import (
     clean_checkpoints,
     explain_os_errors,
@@ -30,7 +29,6 @@ from pymathrl.checkpoint import (
     truncate_metrics,
     write_atomic,
 )
-from pymathrl.collect import collect
 from pymathrl.config import TrainConfig, write_toml
 from pymathrl.errors import UserError
 from pymathrl.eval import evaluate
@@ -43,8 +41,10 @@ from pymathrl.prompt import draw
 from pymathrl.report import plot_run
 from pymathrl.rollout import Draws, Engine
 from pymathrl.rollout.score import score
-from pymathrl.rows import pack
-from pymathrl.sft_options import SftConfig, SftRun, parse_sft
+from pymathrl.sft.blend import Blend, DataSpec, FileRows, Solutions, file_blend, parse_data, read_file
+from pymathrl.sft.collect import collect
+from pymathrl.sft.options import SftConfig, SftRun, parse_sft
+from pymathrl.sft.rows import pack
 from pymathrl.tasks import Task, load_task
 from pymathrl.tasks.jsonl import read_objects
 from pymathrl.train import EVAL_KS, MAX_SKIPS, Memory, Stop, fit_context, new_run_dir, newest_checkpoint, plan_memory
@@ -493,7 +493,3 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; checkpoints written before are whole", file=sys.stderr)
         return 130
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,8 +6,8 @@ import torch
 from pymathrl.errors import UserError
 from pymathrl.models import load
 from pymathrl.prompt import draw
-from pymathrl.retro import Attempt, Retro, banned_ids, revise, tokens_before
 from pymathrl.rollout import Draws, Engine
+from pymathrl.sft.retro import Attempt, Retro, banned_ids, revise, tokens_before
 from pymathrl.tasks import load_task
 from pymathrl.verify import verify
 from tests.tiny import tiny_policy

@@ -13,20 +13,20 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pymathrl import sft as sft_module
-from pymathrl.blend import DataSpec, read_file
 from pymathrl.checkpoint import hash_parameters
 from pymathrl.config import write_toml
 from pymathrl.models import load
-from pymathrl.rows import join, pack
-from pymathrl.sft import main, supervised_loss
-from pymathrl.sft_options import PRESETS, parse_sft
+from pymathrl.sft import command as sft_module
+from pymathrl.sft.blend import DataSpec, read_file
+from pymathrl.sft.command import main, supervised_loss
+from pymathrl.sft.options import PRESETS, parse_sft
+from pymathrl.sft.rows import join, pack
 from pymathrl.tasks import load_task
 from tests.models.plain import plain_hidden
-from tests.test_blend import write
+from tests.sft.test_blend import write
 from tests.tiny import read_metrics, save_tiny, tiny_policy
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--device", "cpu", "--threads", "1", "--rows-per-step", "4", "--lr", "1e-3", "--max-new-tokens", "12",
     "--max-prompt-tokens", "64", "--eval-problems", "4", "--eval-samples", "2", "--eval-every", "0", "--max-tokens",
@@ -40,7 +40,7 @@ RFT = [
 
 def command(*argv: str, driver: str) -> tuple[int, str]:
     """The command in its own process, after the code `driver`: (exit code, what it printed)."""
-    code = f"import sys\n{driver}\nfrom pymathrl.sft import main\nsys.exit(main(sys.argv[1:]))"
+    code = f"import sys\n{driver}\nfrom pymathrl.sft.command import main\nsys.exit(main(sys.argv[1:]))"
     done = subprocess.run([sys.executable, "-c", code, *argv], cwd=ROOT, capture_output=True, text=True, timeout=200)
     return done.returncode, done.stdout + done.stderr
 

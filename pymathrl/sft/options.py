@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pymathrl.accept import ACCEPT, Rules
-from pymathrl.blend import parse_data
 from pymathrl.config import TrainConfig, add_options, add_task_options, build, formatter, read_toml
 from pymathrl.errors import UserError, nearest
 from pymathrl.options import CommandParser, at_least, convert, flag, option, positive
-from pymathrl.retro import Retro
+from pymathrl.sft.accept import ACCEPT, Rules
+from pymathrl.sft.blend import parse_data
+from pymathrl.sft.retro import Retro
 from pymathrl.tasks import TASKS, convert_option, task_options
 
 MODES = {

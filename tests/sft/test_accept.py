@@ -2,7 +2,7 @@
 
 import pytest
 
-from pymathrl.accept import Rules, Trace, choose, reject, repetition
+from pymathrl.sft.accept import Rules, Trace, choose, reject, repetition
 
 GOOD = Trace("a", tuple(range(20)), correct=True, ended=True)
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from pymathrl.errors import UserError, nearest
 from pymathrl.models import Policy
-from pymathrl.rows import TEMPLATES, Example, exchange, join, read_row
+from pymathrl.sft.rows import TEMPLATES, Example, exchange, join, read_row
 from pymathrl.tasks import Task
 from pymathrl.tasks.jsonl import read_objects
 
