@@ -15,7 +15,7 @@ from pymathrl import devices
 from pymathrl.batch import Graded, Rollout
 from pymathrl.config import Run, TrainConfig
 from pymathrl.errors import UserError
-from pymathrl.learner import Learner
+from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
 from pymathrl.prompt import Prompts, draw, encode
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
@@ -150,3 +150,8 @@ class Context:
         """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
         Keep it in the memory and save its `state_dict`."""
         return Learner(policy, self.train, updates=updates)
+
+    def new_critic(self, lr: float, updates: int) -> CriticLearner:
+        """A critic to train beside the policy, of its layers as they are now, under the same options but for the
+        learning rate; `updates`: its optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return CriticLearner(self.policy, replace(self.train, lr=lr), updates=updates)

@@ -83,6 +83,7 @@ class Algo:
     defaults: options of every run that have another default here (the command line and a file still win).
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
+    trained_beside: models of the policy's size that it may train beside it; the memory plan leaves room for them.
 
     In the order of a step:
     draw(ctx, count) -> Prompts: the next problems [the next of the task's stream].
@@ -109,6 +110,7 @@ class Algo:
     min_samples: int = 2
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
+    trained_beside: int = 0
     draw: Callable[[Context, int], Prompts] = _draw
     rollout: Callable[[Context, Prompts, Draws], Rollout] = _rollout
     judge: Callable[[Context, Graded], Graded] = _judge
