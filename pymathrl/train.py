@@ -415,7 +415,7 @@ def kept_bytes(m: ModelConfig, size: int) -> int:
 
 
 def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_policy: int = 0) -> Memory:
-    """beside_policy: more models of its size, whose weights are not loaded yet, that are trained one after the other."""
+    """beside_policy: more models of its size, not loaded yet, that are trained beside it, one after the other."""
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
     update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # bf16: also a master and its gradient

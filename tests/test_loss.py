@@ -11,6 +11,7 @@ from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
 from pymathrl.ops import IMPL
 from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref
 from pymathrl.rollout import Engine
+from tests.algos.cases import context, with_rewards
 from tests.tiny import tiny_policy
 
 N, D, V = 53, 24, 384
@@ -109,7 +110,7 @@ def test_idle_rows_change_nothing_and_are_counted():
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
     rollout = Engine(policy, seed=2).generate(prompts, 4, 8)
     reward = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])  # the first group teaches nothing
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context("grpo", policy=policy), with_rewards(rollout, reward))
     spec = algo.loss(algo.config())
     options = dict(temperature=1.0, token_budget=1000, max_new_tokens=8)
     skipped = minibatch_loss(policy.model, batch, range(8), spec, **options)
@@ -132,7 +133,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(name, filters):
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
     rollout = Engine(policy, seed=2).generate(prompts, 4, 9, **filters)
     reward = torch.tensor([0.1, 1.0, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context(name, policy=policy), with_rewards(rollout, reward))
     with torch.no_grad():  # the policy has moved: ratios other than 1
         generator = torch.Generator().manual_seed(0)
         for p in policy.model.parameters():
@@ -161,7 +162,7 @@ def test_the_comparison_rejects_a_normaliser_of_the_micro_batch():
     algo = REGISTRY["grpo"]
     rollout = Engine(policy, seed=2).generate([policy.tokenizer.encode("3 4 -> 7\n<think>")], 6, 20)
     reward = (torch.arange(6) % 2).float()
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context("grpo", policy=policy), with_rewards(rollout, reward))
     spec = dataclasses.replace(algo.loss(algo.config()), aggregation="token-mean")
     options = dict(temperature=1.0, max_new_tokens=20, token_budget=10_000)
 

@@ -11,8 +11,8 @@ r_t is the reward at the last token, less the KL of each token under --kl k1 --k
 limit cut ends like any other. The critic has layers of its own, which begin as a copy of the policy's, a value vector
 that begins at 0, and its own optimizer, which takes a step after each of the policy's on the same responses.
 
-Differs from TRL: no KL unless the options put it there (TRL: --kl k1 --kl-in reward --kl-coef 0.05), as the rewards here
-are verified; two learning rates, as in verl, where TRL has one for the sum L + L_V.
+Differs from TRL: no KL unless the options put it there (TRL: --kl k1 --kl-in reward --kl-coef 0.05), as the rewards
+here are verified; two learning rates, as in verl, where TRL has one for the sum L + L_V.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
     A_t = sum over t' >= t of gamma^(t' - t) r_t', then over all tokens of the batch (A - mean) / sqrt(var + eps)
     L   = mean over the tokens of the step of max(-r A, -clip(r, 1 - clip_low, 1 + clip_high) A)
 
---rf-baseline group is its "-baseline" variant: R - mean of the group first, at every token, then the same whitening. Its
-mean and variance weigh a response by its tokens, so long ones count more. `reinforce_pp` draws one response per problem
-and many problems; the variant needs a group.
+--rf-baseline group is its "-baseline" variant: R - mean of the group first, at every token, then the same whitening.
+The mean and the variance weigh a response by its tokens, so long ones count more. `reinforce_pp` draws one response per
+problem and many problems; the variant needs a group.
 
-Differs from the paper: no KL unless the options put it there, as the rewards here are verified. The variant's group mean
-takes the KL of a whole response where the options put it into the reward; the paper has it in the loss there (`--kl k2`).
+Differs from the paper: no KL unless the options put it there, as the rewards here are verified. Under --kl-in reward
+the variant takes the KL of a whole response off its reward; the paper has it in the loss there (--kl k2).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Config:
 def check(train: TrainConfig, own: Config) -> None:
     if own.rf_baseline == "group" and train.samples_per_prompt < 2:
         raise UserError(
-            f"--rf-baseline group compares the responses to a problem: expected --samples-per-prompt of at least 2, got "
+            "--rf-baseline group compares the responses to a problem: expected at least 2 --samples-per-prompt, got "
             f"{train.samples_per_prompt}; for example --samples-per-prompt 8 --prompts-per-step 64"
         )
 

@@ -339,6 +339,8 @@ def test_wrong_slopes_of_the_activation_are_refused():
     for slope in (s, s * (1 - s), s * (1 - gate * (1 - s)), s * (1 + gate * s)):
         assert not accepts(torch.cat([dout * up * slope, dup], -1).float(), ref32, ref64)
     assert not accepts(torch.cat([dup, dout * up * s * (1 + gate * (1 - s))], -1).float(), ref32, ref64)
+
+
 WIDTH = 1000
 LOGITS = 5 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(4))
 SUPPORT = torch.empty(64, support_bytes(WIDTH), dtype=torch.uint8)
