@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from pymathrl import devices
 from pymathrl.batch import Graded, Rollout
 from pymathrl.config import Run, TrainConfig
@@ -100,14 +102,17 @@ class Context:
         """The token ids of a text alone, without begin token or template: for forced phrases."""
         return self.policy.tokenizer.encode(text)
 
-    def generate(self, prompts: Prompts, draws: Draws | None = None, **options: Any) -> Rollout:
-        """Responses to the prompts, `draws.samples` each. options: more arguments of `Engine.generate`."""
+    def generate(
+        self, prompts: Prompts, draws: Draws | None = None, *, uids: Tensor | None = None, **options: Any
+    ) -> Rollout:
+        """Responses to the prompts, `draws.samples` each. uids int64 [P*samples]: identities of the samples, where the
+        prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`."""
         d = draws or self.draws
         return self.engine.generate(
             prompts.ids,
             d.samples,
             d.max_new_tokens,
-            uids=d.uids(prompts.problems),
+            uids=d.uids(prompts.problems) if uids is None else uids,
             seed=d.seed,
             **d.sampling,
             **options,

@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo, rover
+from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo, rover, satori
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -13,6 +13,7 @@ REGISTRY: dict[str, Algo] = {
     "rloo": rloo.ALGO,
     "reinforce_pp": reinforce_pp.ALGO,
     "ppo": ppo.ALGO,
+    "satori": satori.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
 }

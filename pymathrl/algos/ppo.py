@@ -70,12 +70,14 @@ class WithCritic:
         self.critic: CriticLearner = ctx.new_critic(rate(ctx), updates(ctx))
         self.stage = ctx.at.stage
 
-    def of(self, ctx: Context) -> CriticLearner:
-        """The critic, under the options of the stage that the run is in."""
+    def follow(self, ctx: Context) -> None:
+        """Under the options of the stage that the run is in."""
         if self.stage != ctx.at.stage:
-            self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=updates(ctx))
             self.stage = ctx.at.stage
-        return self.critic
+            self.new_stage(ctx)
+
+    def new_stage(self, ctx: Context) -> None:
+        self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=updates(ctx))
 
     def state_dict(self) -> dict[str, Any]:
         return {"critic": self.critic.state_dict()}
@@ -85,7 +87,8 @@ class WithCritic:
 
 
 def judge(ctx: Context, graded: Graded) -> Graded:
-    return replace(graded, extra={**graded.extra, "value": ctx.memory.of(ctx).values(graded.rollout)})
+    ctx.memory.follow(ctx)
+    return replace(graded, extra={**graded.extra, "value": ctx.memory.critic.values(graded.rollout)})
 
 
 def estimate(ctx: Context, graded: Graded) -> Gae:
@@ -127,7 +130,7 @@ def learn(ctx: Context, mini: Batch) -> Mapping[str, float]:
         moved[at] = (value.detach() - old[at]).abs()
         return value_loss(value, old[at], returns[at], coef[at], clip=clip)
 
-    total, step = ctx.memory.of(ctx).update(mini.rollout, term)
+    total, step = ctx.memory.critic.update(mini.rollout, term)
     metrics = {"critic/loss": total, "critic/grad_norm": step.grad_norm, "critic/skipped": float(not step.applied)}
     return metrics if clip is None else metrics | {"critic/clipped": float((moved > clip).sum() / mask.sum())}
 
