@@ -50,4 +50,4 @@ def learn(model: CriticLearner, mini: Batch) -> Mapping[str, float]:
     (slope,) = torch.autograd.grad(total, score)
     per_token = torch.where(last_sampled(mini.rollout), mini.per_token(slope), 0.0)
     _, step = model.update(mini.rollout, lambda at, values: (per_token[at] * values).sum())
-    return {"orm/loss": float(total), "orm/grad_norm": step.grad_norm}
+    return {"orm/loss": float(total.detach()), "orm/grad_norm": step.grad_norm}
