@@ -86,7 +86,7 @@ def test_gradient_through_the_model(budget):
 def test_defaults_and_refusals():
     run = parse_train(["--algo", "reinforce_pp"])
     assert (run.train.samples_per_prompt, run.train.prompts_per_step) == (1, 512)
-    with pytest.raises(UserError, match="--rf-baseline group compares .* got 1"):
+    with pytest.raises(UserError, match=r"--rf-baseline group compares .* got 1"):
         parse_train(["--algo", "reinforce_pp", "--rf-baseline", "group"])
 
 

@@ -258,7 +258,7 @@ def test_state_goes_on_to_the_same_bits_and_a_new_stage_drops_the_restarts():
 
 
 def test_refusals_and_phrases():
-    with pytest.raises(UserError, match="--orm bt learns from .* got 1"):
+    with pytest.raises(UserError, match=r"--orm bt learns from .* got 1"):
         parse_train(["--algo", "satori", "--orm", "bt"])
     own = context("satori", "--reflect", "?<think>", memory=True)
     assert own.memory.phrase == own.tokens("?<think>")
