@@ -16,183 +16,76 @@ class Program:
     def __len__(self) -> int: ...
 
 def group_advantage(
-    reward: Tensor,
-    offsets: Tensor,
-    baseline: Tensor | None,
-    tokens: Tensor | None,
-    advantage: Tensor,
-    equal: Tensor,
-    centre: int,
-    scale: int,
-    eps: float,
-    ddof: int,
-    stream: int,
+    reward: Tensor, offsets: Tensor, baseline: Tensor | None, tokens: Tensor | None, advantage: Tensor, equal: Tensor,
+    centre: int, scale: int, eps: float, ddof: int, stream: int,
 ) -> None: ...
 
 class PolicyLossConfig:
     def __init__(
-        self,
-        *,
-        form: int,
-        clip_low: float,
-        clip_high: float,
-        delta: float,
-        dual_clip: float,
-        ratio_weight: bool,
-        weight_low: float,
-        weight_high: float,
-        sequence_mean: bool,
-        rho: float,
-        beta: float,
-        q_low: float,
-        q_high: float,
-        lp_reg_coef: float,
-        kl: int,
-        kl_coef: float,
-        entropy_coef: float,
-        tis: int,
-        tis_mask: bool,
-        tis_cap: float,
+        self, *, form: int, clip_low: float, clip_high: float, delta: float, dual_clip: float, ratio_weight: bool,
+        weight_low: float, weight_high: float, sequence_mean: bool, rho: float, beta: float, rover_response: bool,
+        q_low: float, q_high: float, lp_reg_coef: float, tau: tuple[float, float],
+        vespo_positive: tuple[float, float], vespo_negative: tuple[float, float], kl: int, kl_ratio: bool,
+        kl_coef: float, entropy_coef: float, tis: int, tis_mask: bool, tis_cap: float, log_tis_cap: float,
     ) -> None: ...
 
 def policy_loss_stats() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]: ...
 def policy_loss_blocks(n: int, cuda: bool) -> int: ...
 def policy_loss(
-    config: PolicyLossConfig,
-    logp: Tensor,
-    old_logp: Tensor | None,
-    advantage: Tensor,
-    coef: Tensor,
-    mask: Tensor | None,
-    offsets: Tensor | None,
-    mean_logp: Tensor | None,
-    old_mean_logp: Tensor | None,
-    link: Tensor | None,
-    proxy_logp: Tensor | None,
-    selected: Tensor | None,
-    ref_logp: Tensor | None,
-    entropy: Tensor | None,
-    behaviour_logp: Tensor | None,
-    grad_logp: Tensor,
-    grad_entropy: Tensor | None,
-    sequence_work: Tensor | None,
-    result: Tensor,
-    stream: int,
+    config: PolicyLossConfig, logp: Tensor, old_logp: Tensor | None, advantage: Tensor, coef: Tensor,
+    mask: Tensor | None, offsets: Tensor | None, mean_logp: Tensor | None, old_mean_logp: Tensor | None,
+    link: Tensor | None, proxy_logp: Tensor | None, selected: Tensor | None, ref_logp: Tensor | None,
+    entropy: Tensor | None, behaviour_logp: Tensor | None, grad_logp: Tensor, grad_entropy: Tensor | None,
+    sequence_work: Tensor | None, result: Tensor, stream: int,
 ) -> None: ...
+
 def token_logprob(
-    logits: Tensor,
-    ids: Tensor,
-    logp: Tensor,
-    entropy: Tensor,
-    mean_logp: Tensor,
-    top_prob: Tensor,
-    lse: Tensor,
-    proxy_logp: Tensor | None,
-    temperature: float,
-    min_p: float,
-    stream: int,
+    logits: Tensor, ids: Tensor, logp: Tensor, entropy: Tensor, mean_logp: Tensor, top_prob: Tensor, lse: Tensor,
+    proxy_logp: Tensor | None, temperature: float, min_p: float, stream: int,
 ) -> None: ...
 def token_logprob_backward(
-    logits: Tensor,
-    ids: Tensor,
-    lse: Tensor,
-    entropy: Tensor | None,
-    grad_logp: Tensor | None,
-    grad_entropy: Tensor | None,
-    dlogits: Tensor,
-    temperature: float,
-    stream: int,
+    logits: Tensor, ids: Tensor, lse: Tensor, entropy: Tensor | None, grad_logp: Tensor | None,
+    grad_entropy: Tensor | None, dlogits: Tensor, temperature: float, stream: int,
 ) -> None: ...
+
 def sample_token(
-    logits: Tensor,
-    uid: Tensor,
-    step: Tensor,
-    ids: Tensor,
-    numbers: Tensor,
-    seed: int,
-    stream_id: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    support: Tensor | None,
-    stream: int,
+    logits: Tensor, uid: Tensor, step: Tensor, ids: Tensor, numbers: Tensor, seed: int, stream_id: int,
+    temperature: float, top_k: int, top_p: float, min_p: float, support: Tensor | None, stream: int,
 ) -> None: ...
 def philox_uniform(uid: Tensor, step: Tensor, out: Tensor, seed: int, stream_id: int) -> None: ...
+
 def attention(
     qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, heads: int, kv_heads: int, stream: int
 ) -> None: ...
 def attention_backward(
-    qkv: Tensor,
-    offsets: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    dqkv: Tensor,
-    heads: int,
-    kv_heads: int,
+    qkv: Tensor, offsets: Tensor, out: Tensor, lse: Tensor, dout: Tensor, dqkv: Tensor, heads: int, kv_heads: int,
     stream: int,
 ) -> None: ...
 def paged_attention(
-    qkv: Tensor,
-    position: Tensor,
-    slot: Tensor,
-    table: Tensor,
-    rope: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    out: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    eps: float,
+    qkv: Tensor, position: Tensor, slot: Tensor, table: Tensor, rope: Tensor, keys: Tensor, values: Tensor,
+    out: Tensor, heads: int, kv_heads: int, scale: float, q_norm: Tensor | None, k_norm: Tensor | None, eps: float,
     stream: int,
 ) -> None: ...
+
 def rms_norm_blocks(rows: int) -> int: ...
 def rms_norm(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    sum: Tensor | None,
-    y: Tensor,
-    rstd: Tensor | None,
-    eps: float,
+    x: Tensor, residual: Tensor | None, weight: Tensor, sum: Tensor | None, y: Tensor, rstd: Tensor | None, eps: float,
     stream: int,
 ) -> None: ...
 def rms_norm_backward(
     h: Tensor, weight: Tensor, rstd: Tensor, dy: Tensor, dh_out: Tensor | None, dh: Tensor, dw: Tensor, stream: int
 ) -> None: ...
+
 def rotary_blocks(rows: int) -> int: ...
 def rotary(
-    qkv: Tensor,
-    position: Tensor,
-    rope: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    out: Tensor,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    eps: float,
-    stream: int,
+    qkv: Tensor, position: Tensor, rope: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, out: Tensor, heads: int,
+    kv_heads: int, scale: float, eps: float, stream: int,
 ) -> None: ...
 def rotary_backward(
-    qkv: Tensor | None,
-    position: Tensor,
-    rope: Tensor,
-    q_norm: Tensor | None,
-    k_norm: Tensor | None,
-    dout: Tensor,
-    dqkv: Tensor,
-    dw: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    scale: float,
-    eps: float,
-    stream: int,
+    qkv: Tensor | None, position: Tensor, rope: Tensor, q_norm: Tensor | None, k_norm: Tensor | None, dout: Tensor,
+    dqkv: Tensor, dw: Tensor | None, heads: int, kv_heads: int, scale: float, eps: float, stream: int,
 ) -> None: ...
+
 def swiglu(gate_up: Tensor, out: Tensor, stream: int) -> None: ...
 def swiglu_backward(gate_up: Tensor, dout: Tensor, dgate_up: Tensor, stream: int) -> None: ...
 def linear(x: Tensor, w: Tensor, bias: Tensor | None, out: Tensor, stream: int) -> None: ...

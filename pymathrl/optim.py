@@ -87,6 +87,13 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return StepReport(value, rate, applied)
 
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """Masters take the values of the weights, which were set from outside. A second optimizer on the same model
+        would not do: the masters of the first take the gradients."""
+        for weight, master in self._masters():
+            master.copy_(weight)
+
     def _masters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight, its master) where the two differ."""
         return [(w, p) for w, p in zip(self.weights, self.parameters, strict=True) if w is not p]
@@ -97,7 +104,8 @@ class Optimizer:
             weight.copy_(master)
 
     def state_dict(self) -> dict:
-        masters = [master.detach() for _, master in self._masters()]
+        # all or none: a model of mixed precision may be loaded where every weight is fp32
+        masters = [p.detach() for p in self.parameters] if self._masters() else []
         return {"adamw": self.adamw.state_dict(), "updates": self.updates, "masters": masters}
 
     @torch.no_grad()
@@ -106,7 +114,7 @@ class Optimizer:
         as it does between a CPU and a GPU: saved masters become fp32 weights, and loaded weights become masters where
         none were saved. ValueError, with nothing changed, where the state is of another model."""
         saved: list[torch.Tensor] = state["masters"]
-        own: list[torch.Tensor] = [p for _, p in self._masters()] or list(self.parameters if saved else ())
+        own: list[torch.Tensor] = list(self.parameters) if saved else [p for _, p in self._masters()]
         moments = state["adamw"]["state"]
         ordered = [p for group in self.adamw.param_groups for p in group["params"]]
         indices = [i for group in state["adamw"]["param_groups"] for i in group["params"]]

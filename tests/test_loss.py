@@ -9,7 +9,7 @@ from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
 from pymathrl.ops import IMPL
-from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref
+from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref, works_on_sequences
 from pymathrl.rollout import Engine
 from tests.algos.cases import context, with_rewards
 from tests.tiny import tiny_policy
@@ -22,10 +22,14 @@ SPECS = {
     "weighted": LossSpec("weighted", terms={"weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2}),
     "sequence": LossSpec("sequence", terms={"sequence": "mean", "clip_low": 0.1, "clip_high": 0.1}),
     "rover": LossSpec("rover", terms={"rho": 1.0, "beta": 1.0}),
+    "rover-response": LossSpec("rover", terms={"rover_level": "response", "rho": 2.0}),
+    "vespo": LossSpec("vespo"),
+    "clip-is-sequence": LossSpec("clip", terms={"tis_cap": 1.5, "tis_level": "sequence"}),
+    "rover-is-geometric": LossSpec("rover", terms={"tis_cap": 1.02, "tis_level": "geometric"}),
 }
 
 
-def problem(dtype=torch.float32):
+def problem(spec):
     """Hidden states whose logits are about 5 N(0,1), tokens from the policy, old log-probs 0.3 N(0,1) away."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=g)
@@ -40,6 +44,8 @@ def problem(dtype=torch.float32):
         old_logp=old, advantage=torch.randn(N, generator=g), coef=torch.rand(N, generator=g) / N,
         old_mean_logp=logps.mean(-1) + 0.1 * torch.randn(N, generator=g), link=link, offsets=CUTS,
     )  # fmt: skip
+    if spec.terms.get("tis_cap"):
+        terms = dataclasses.replace(terms, extra={"behaviour_logp": old + 0.2 * torch.randn(N, generator=g)})
     return hidden, weight, targets, terms
 
 
@@ -48,10 +54,10 @@ def naive(hidden, weight, targets, terms, spec, dtype):
     h, w = (t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
     logps = torch.log_softmax(h @ w.T / 0.8, -1)
     logp = logps.gather(1, targets[:, None])[:, 0]
-    extra = dict(spec.terms)
-    if spec.form == "rover":
+    extra = {**spec.terms, **{name: t.to(dtype) for name, t in terms.extra.items()}}
+    if spec.form == "rover" and "rover_level" not in extra:
         extra |= dict(mean_logp=logps.mean(-1).detach(), old_mean_logp=terms.old_mean_logp.to(dtype), link=terms.link)
-    if spec.form == "sequence":
+    if works_on_sequences(spec.form, extra):
         extra |= dict(offsets=terms.offsets)
     if "entropy_coef" in extra:
         extra |= dict(entropy=-(logps.exp() * logps).sum(-1))
@@ -76,7 +82,7 @@ def distance(a, b):
 @pytest.mark.parametrize("chunk", [1000, 16, 1])
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_all_logits_at_once(name, chunk):
-    args = problem()
+    args = problem(SPECS[name])
     expected = naive(*args, SPECS[name], torch.float64)
     single = naive(*args, SPECS[name], torch.float32)
     got = ours(*args, SPECS[name], chunk)
@@ -86,9 +92,9 @@ def test_equals_all_logits_at_once(name, chunk):
 
 def test_the_comparison_rejects_wrong_heads():
     """Mutants: temperature forgotten, link over a sequence end, one token shifted, a chunk's mean for the step's."""
-    args = problem()
-    hidden, weight, targets, terms = args
     spec = SPECS["rover"]
+    args = problem(spec)
+    hidden, weight, targets, terms = args
     expected = naive(*args, spec, torch.float64)
     shifted = torch.roll(targets, 1)
     across = terms.link.clone()

@@ -1,6 +1,22 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acereason, campo, cispo, dapo, dr_grpo, grpo, gspo, ppo, reinforce_pp, rloo, rover, satori
+from pymathrl.algos import (
+    acereason,
+    campo,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    parallel_r1,
+    ppo,
+    reinforce_pp,
+    retool,
+    rloo,
+    rover,
+    satori,
+    tapo,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -16,6 +32,9 @@ REGISTRY: dict[str, Algo] = {
     "satori": satori.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]
