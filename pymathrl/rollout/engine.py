@@ -565,7 +565,9 @@ class Engine:
         # a copy of the ids: where `step` takes several waves, the next one writes over the ring
         return _finite(Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind())), supports
 
-    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> tuple[Step, list[Tensor]]:
+    def _draw_with_hook(
+        self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook
+    ) -> tuple[Step, list[Tensor]]:
         logits = self.policy.model.logits(self._hidden(slots))
         changed = hook(self._name[slots].tolist(), logits, StepStats(logits))
         if changed is not None:
