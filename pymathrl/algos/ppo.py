@@ -122,7 +122,8 @@ def shape(ctx: Context, graded: Graded, batch: Batch) -> Batch:
 def learn(ctx: Context, mini: Batch) -> Mapping[str, float]:
     """One step of the critic."""
     mask = mini.rollout.sampled_mask
-    coef = ctx.own.vf_coef * mask.float() / mask.sum()
+    count = mask.sum().clamp(min=1)
+    coef = ctx.own.vf_coef * mask.float() / count
     old, returns, clip = mini.extra["value"], mini.extra["returns"], ctx.own.value_clip or None
     moved = torch.zeros_like(coef)
 
@@ -132,7 +133,7 @@ def learn(ctx: Context, mini: Batch) -> Mapping[str, float]:
 
     total, step = ctx.memory.critic.update(mini.rollout, term)
     metrics = {"critic/loss": total, "critic/grad_norm": step.grad_norm, "critic/skipped": float(not step.applied)}
-    return metrics if clip is None else metrics | {"critic/clipped": float((moved > clip).sum() / mask.sum())}
+    return metrics if clip is None else metrics | {"critic/clipped": float((moved > clip).sum() / count)}
 
 
 def loss(config: Config) -> LossSpec:

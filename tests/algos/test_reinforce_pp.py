@@ -61,7 +61,8 @@ def test_whitening():
     biased = whiten(values, mask, floor=1e-8, correction=0)
     assert biased.tolist() == pytest.approx([0, *[x * 1.5**0.5 for x in got[1:4].tolist()], 0], abs=1e-6)
     for equal in (0.1, 0.3, 1.0):  # rounding would give 0.1 something of the size of 1e-8 / 1e-4
-        assert not whiten(torch.full((7,), equal), torch.ones(7, dtype=torch.bool), eps=1e-8).any()
+        for count in (7, 1001):
+            assert not whiten(torch.full((count,), equal), torch.ones(count, dtype=torch.bool), eps=1e-8).any()
     assert not whiten(values, torch.tensor([True, False, False, False, False]), eps=1e-8).any()
     order = torch.tensor([0, 3, 1, 2, 4])
     torch.testing.assert_close(whiten(values[order], mask[order], eps=1e-8), got[order], rtol=1e-6, atol=1e-6)
@@ -88,6 +89,8 @@ def test_defaults_and_refusals():
     assert (run.train.samples_per_prompt, run.train.prompts_per_step) == (1, 512)
     with pytest.raises(UserError, match=r"--rf-baseline group compares .* got 1"):
         parse_train(["--algo", "reinforce_pp", "--rf-baseline", "group"])
+    with pytest.raises(UserError, match=r"--filter mixed keeps groups by .* got 1"):
+        parse_train(["--algo", "reinforce_pp", "--filter", "mixed"])
 
 
 def test_a_run(tmp_path, capsys):
