@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from pymathrl import devices
 from pymathrl.batch import Graded, Rollout
 from pymathrl.config import Run, TrainConfig
 from pymathrl.errors import UserError
-from pymathrl.learner import Learner
+from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
 from pymathrl.prompt import Prompts, draw, encode
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
@@ -100,14 +102,17 @@ class Context:
         """The token ids of a text alone, without begin token or template: for forced phrases."""
         return self.policy.tokenizer.encode(text)
 
-    def generate(self, prompts: Prompts, draws: Draws | None = None, **options: Any) -> Rollout:
-        """Responses to the prompts, `draws.samples` each. options: more arguments of `Engine.generate`."""
+    def generate(
+        self, prompts: Prompts, draws: Draws | None = None, *, uids: Tensor | None = None, **options: Any
+    ) -> Rollout:
+        """Responses to the prompts, `draws.samples` each. uids int64 [P*samples]: identities of the samples, where the
+        prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`."""
         d = draws or self.draws
         return self.engine.generate(
             prompts.ids,
             d.samples,
             d.max_new_tokens,
-            uids=d.uids(prompts.problems),
+            uids=d.uids(prompts.problems) if uids is None else uids,
             seed=d.seed,
             **d.sampling,
             **options,
@@ -150,3 +155,8 @@ class Context:
         """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
         Keep it in the memory and save its `state_dict`."""
         return Learner(policy, self.train, updates=updates)
+
+    def new_critic(self, lr: float, updates: int) -> CriticLearner:
+        """A critic to train beside the policy, of its layers as they are now, under the same options but for the
+        learning rate; `updates`: its optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return CriticLearner(self.policy, replace(self.train, lr=lr), updates=updates)

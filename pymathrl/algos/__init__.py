@@ -9,9 +9,12 @@ from pymathrl.algos import (
     grpo,
     gspo,
     parallel_r1,
+    ppo,
+    reinforce_pp,
     retool,
     rloo,
     rover,
+    satori,
     soft_tokens,
     tapo,
 )
@@ -25,12 +28,15 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "reinforce_pp": reinforce_pp.ALGO,
+    "ppo": ppo.ALGO,
     "soft_tokens": soft_tokens.ALGO,
     "campo": campo.ALGO,
     "acereason": acereason.ALGO,
     "retool": retool.ALGO,
     "tapo": tapo.ALGO,
     "parallel_r1": parallel_r1.ALGO,
+    "satori": satori.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]
