@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover
+from pymathrl.algos import cispo, cure, dapo, dr_grpo, grpo, gspo, hapo, lp_reg, mgpo, rloo, rover, spo
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -11,6 +11,11 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "spo": spo.ALGO,
+    "lp_reg": lp_reg.ALGO,
+    "cure": cure.ALGO,
+    "hapo": hapo.ALGO,
+    "mgpo": mgpo.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]
