@@ -10,7 +10,7 @@ tokens and a problem that has an h,
                                                         wrong: 0 up to m, then max(-1, g)
     R = [1 if right] + length_weight * that + rep_penalty * (share of tokens in a repeated n-gram)
     A = (R - mean of the group) / (std of the group + 1e-4)
-    L = mean over the tokens of the step of PPO's clipped term + 0.04 KL (k3)         (TRL's defaults, which it ran with)
+    L = mean over the tokens of the step of PPO's clipped term + 0.04 KL (k3)        (TRL's defaults, which it ran with)
 
 The floor of -0.7 keeps every right answer (>= 0.3) above every wrong one (<= 0). Rewards use the h from before the
 draw, then the draw moves h. n counts the sampled tokens, the end token too; the code counts those of the decoded text

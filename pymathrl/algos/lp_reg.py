@@ -58,7 +58,7 @@ def advantage(ctx: Context, graded: Graded) -> Tensor:
 
 
 def least_likely(logp: Tensor, candidate: Tensor, share: float) -> Tensor:
-    """uint8 [T]: the share of the candidates (bool [T]) whose logp is least, the first of equal ones; none for k < 2."""
+    """uint8 [T]: the share of the candidates bool [T] whose logp is least, the first of equal ones; none for k < 2."""
     at = candidate.nonzero()[:, 0]
     count = int(at.numel() * share)
     chosen = torch.zeros_like(candidate, dtype=torch.uint8)

@@ -1,5 +1,5 @@
 """MGPO: GRPO weighted towards problems that the policy solves half of the time, after the VibeThinker-1.5B report
-(WeiboAI/VibeThinker, section 3); long2short after that of VibeThinker-3B (section 2).
+(Xu et al., arXiv 2511.06221, section 3); long2short after that of VibeThinker-3B (section 2).
 
     p = share of right answers of the group,   D = p ln(p / p0) + (1 - p) ln((1 - p) / (1 - p0)),   0 ln 0 = 0
     A = exp(-lambda D) (R - mean of the group) / (std of the group + eps)        lambda = 0: GRPO, bit for bit
@@ -57,7 +57,7 @@ def short_bonus(correct: Tensor, length: Tensor, offsets: Tensor) -> Tensor:
     zero = short.new_zeros(groups)
     count = zero.index_add(0, group, torch.ones_like(short))
     gap = short - (zero.index_add(0, group, short) / count)[group]
-    gap = torch.where(gap.abs() <= 1e-12, 0.0, gap)  # three lengths of 3: their mean differs from 1/3 in the last bit
+    gap = torch.where(gap.abs() <= 1e-12, 0.0, gap)  # three of length 5: their mean is not 1/5 in the last bit
     most = zero.scatter_reduce(0, group, gap.abs(), "amax")[group]
     bonus = torch.zeros(length.numel(), device=length.device)
     bonus[correct] = torch.where(most > 0, gap / most, 0.0).float()
@@ -86,7 +86,7 @@ def loss(config: Config) -> LossSpec:
 ALGO = Algo(
     name="mgpo",
     summary="GRPO weighted by the entropy of a problem's accuracy, optionally for short answers",
-    paper="VibeThinker report",
+    paper="arXiv 2511.06221",
     config=Config,
     advantage=advantage,
     loss=loss,

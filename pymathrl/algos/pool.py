@@ -24,22 +24,24 @@ def identity(problem: Problem) -> str:
 class Pool:
     """The different problems among the first `size` elements of the task's stream, those whose prompts fit.
 
-    problems [N], their prompts ids [N], and index: uid -> 0 .. N-1. too_long: elements left out.
+    problems [N], their prompts ids [N], and index: uid -> 0 .. N-1.
     """
 
     def __init__(self, ctx: Context, size: int) -> None:
         self.source = (ctx.task, size, ctx.train.max_prompt_tokens)
         found: dict[str, tuple[Problem, list[int]]] = {}
-        self.too_long = 0
+        too_long = 0
         for element in range(size):
             problem = ctx.task.train(element, ctx.train.seed)
             ids = ctx.encode(problem)
             if len(ids) > ctx.train.max_prompt_tokens:
-                self.too_long += 1
+                too_long += 1
             else:
                 found.setdefault(identity(problem), (problem, ids))
         if not found:
             raise UserError(f"--pool {size}: every prompt exceeds --max-prompt-tokens; raise it")
+        if too_long:
+            ctx.note(f"pool: {too_long} of {size} prompts exceed --max-prompt-tokens and are left out")
         self.problems = [problem for problem, _ in found.values()]
         self.ids = [ids for _, ids in found.values()]
         self.index = {problem.uid: number for number, problem in enumerate(self.problems)}
