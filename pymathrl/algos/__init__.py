@@ -1,6 +1,24 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, cure, dapo, dr_grpo, grpo, gspo, hapo, lp_reg, mgpo, rloo, rover, spo
+from pymathrl.algos import (
+    acereason,
+    campo,
+    cispo,
+    cure,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    hapo,
+    lp_reg,
+    mgpo,
+    parallel_r1,
+    retool,
+    rloo,
+    rover,
+    spo,
+    tapo,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -16,6 +34,11 @@ REGISTRY: dict[str, Algo] = {
     "cure": cure.ALGO,
     "hapo": hapo.ALGO,
     "mgpo": mgpo.ALGO,
+    "campo": campo.ALGO,
+    "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]
