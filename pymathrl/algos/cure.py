@@ -96,16 +96,19 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     roots, problems = draws.samples // (1 + own.branches), len(prompts.ids)
     first = ctx.generate(prompts, replace(draws, samples=roots))
     least = own.critical_chars or (1 if ctx.policy.prompt_style == "compact" else 2)
+    host = first.cpu()
+    used = host.ids[host.sampled_mask].unique().tolist()
+    text = dict(zip(used, ctx.policy.tokenizer.decode_batch([[token] for token in used]), strict=True))
     cuts = []
-    for row, uid in enumerate(first.uid.tolist()):
-        response, end = first.response(row).tolist(), int(first.offsets[row + 1])
+    for row, uid in enumerate(host.uid.tolist()):
+        response, end = host.response(row).tolist(), int(host.offsets[row + 1])
         cuts.append(critical_token(
-            first.entropy[end - len(response) : end].tolist(),
-            ctx.policy.tokenizer.decode_batch([[token] for token in response]),
-            own.critical_tokens, least, own.critical_by, random.Random(f"cure {draws.seed} {uid}"),
+            host.entropy[end - len(response) : end].tolist(),
+            [text[token] for token in response], own.critical_tokens, least, own.critical_by,
+            random.Random(f"cure {draws.seed} {uid}"),
         ))  # fmt: skip
     ctx.metrics["cure/cut"] = sum(cuts) / len(cuts)
-    both = Rollout.concat([first, branch(ctx, first, cuts, prompts, draws)])
+    both = Rollout.concat([first, branch(ctx, host, cuts, prompts, draws)])
     # the rows of a problem together: its responses, then the branches of each
     rows = torch.arange(both.rows, device=both.device)
     order = torch.cat([rows[: first.rows].view(problems, -1), rows[first.rows :].view(problems, -1)], 1)

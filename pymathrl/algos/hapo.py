@@ -132,10 +132,10 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
 
 
 def judge(ctx: Context, graded: Graded) -> Graded:
-    own, of, rolled = ctx.own, ctx.memory.of, graded.rollout
+    own, of, rolled = ctx.own, ctx.memory.of, graded.rollout.cpu()
     names = [identity(problem) for problem in graded.problems]
     known = torch.tensor([of.get(name, [math.inf])[0] for name in names], dtype=torch.float64)
-    length, group, correct = rolled.sampled_count.cpu(), rolled.group.cpu(), graded.correct.cpu()
+    length, group, correct = rolled.sampled_count, rolled.group, graded.correct.cpu()
     extra = own.length_weight * length_reward(length, known[group], correct, own.length_reward)
     if own.rep_penalty:
         shares = [repeated_share(rolled.response(row).tolist(), own.rep_ngram) for row in range(rolled.rows)]

@@ -25,7 +25,7 @@ def short_run(out: Path, name: str, *flags: str, count: int = 2) -> list[dict]:
 
 
 def assert_resume_gives_the_same_bits(folder: Path, name: str, *flags: str) -> list[dict]:
-    """4 steps at once, and 2, a checkpoint and 2 more: the same weights and losses. Returns the metrics of the first."""
+    """4 steps at once, and 2, a checkpoint and 2 more: the same weights and losses. Returns the first's metrics."""
     whole, parts = folder / "whole", folder / "parts"
     metrics = short_run(whole, name, *flags, count=4)
     short_run(parts, name, *flags, count=2)

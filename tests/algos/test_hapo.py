@@ -47,7 +47,7 @@ def test_repeated_tokens_by_hand():
 
 
 def test_group_by_hand_reads_the_history_before_it_writes():
-    ctx = context("hapo")
+    ctx = context("hapo", "--pool", "4")
     case = graded([[1.0, 1.0, 0.0, 0.0]], [[800, 1300, 600, 1600]])
     key = "problem 0\n0"
     ctx.memory.of[key] = [1000.0, 1.0]
@@ -58,23 +58,23 @@ def test_group_by_hand_reads_the_history_before_it_writes():
     assert ctx.memory.of[key] == [800.0, 3.0]
     assert ctx.metrics["hapo/known"] == 1
     # a new problem: plain rewards, then a history; wrong answers never enter it
-    fresh = context("hapo")
+    fresh = context("hapo", "--pool", "4")
     assert ALGO.judge(fresh, case).reward.tolist() == [1, 1, 0, 0] and fresh.memory.of[key] == [800.0, 2.0]
     none = graded([[0.0, 0.0]], [[5, 6]])
-    fresh = context("hapo")
+    fresh = context("hapo", "--pool", "4")
     ALGO.judge(fresh, none)
     assert fresh.memory.of == {}
 
 
 def test_mean_of_the_right_lengths():
-    ctx = context("hapo", "--history", "mean")
+    ctx = context("hapo", "--pool", "4", "--history", "mean")
     ALGO.judge(ctx, graded([[1.0, 1.0, 0.0]], [[10, 20, 3]]))
     ALGO.judge(ctx, graded([[1.0, 0.0, 0.0]], [[60, 3, 3]]))
     assert ctx.memory.of["problem 0\n0"] == pytest.approx([30.0, 3.0])
 
 
 def test_weights_of_the_parts_and_format_rewards():
-    ctx = context("hapo", "--length-weight", "0.5", "--rep-penalty", "-0.5")
+    ctx = context("hapo", "--pool", "4", "--length-weight", "0.5", "--rep-penalty", "-0.5")
     ctx.memory.of["problem 0\n0"] = [4.0, 1.0]
     case = graded([[1.0, 0.1]], [[2, 6]])  # ids count on: nothing repeats; the reward of the form does not count
     assert ALGO.judge(ctx, case).reward.tolist() == pytest.approx(
@@ -101,7 +101,7 @@ def test_the_pool_comes_again_in_another_order_with_other_samples():
 
 
 def test_state_survives():
-    ctx, other = context("hapo"), context("hapo")
+    ctx, other = context("hapo", "--pool", "4"), context("hapo", "--pool", "4")
     ALGO.judge(ctx, graded([[1.0, 0.0]], [[7, 3]]))
     other.memory.load_state_dict(copy.deepcopy(ctx.memory.state_dict()))
     case = graded([[1.0, 0.0]], [[5, 14]])
@@ -110,7 +110,7 @@ def test_state_survives():
 
 def test_gradient_through_the_model_equals_the_equations_in_float64():
     policy = tiny_policy(seed=3)
-    ctx = context("hapo", "--clip-high", "0.1", "--temperature", "0.9", policy=policy)
+    ctx = context("hapo", "--pool", "4", "--clip-high", "0.1", "--temperature", "0.9", policy=policy)
     ctx._reference = tiny_policy(seed=4)
     reward = torch.tensor([1.0, 0.0, 0.3, 0.0, 1.0, -0.5, 0.0, 1.7])
     batch = make_batch(ctx, with_rewards(sampled(policy), reward))
