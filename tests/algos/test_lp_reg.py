@@ -132,3 +132,18 @@ def test_without_a_share_it_is_the_clipped_loss():
 def test_a_short_run(tmp_path):
     metrics = short_run(tmp_path / "run", "lp_reg", "--lp-reg-share", "0.2", "--filter", "mixed")
     assert len(metrics) == 2 and metrics[-1]["selected"] > 0
+
+
+def test_every_batch_begins_with_an_unmoved_policy():
+    policy = tiny_policy(seed=3)
+    ctx = context("lp_reg", "--minibatches", "2", policy=policy)
+    batch = make_batch(ctx, ALGO.judge(ctx, with_rewards(sampled(policy), torch.tensor([1.0, 0, 0, 0, 1, 1, 0, 1]))))
+    seen = []
+
+    def terms(mini):
+        seen.append(len(ctx.learner.current.steps))
+        return ALGO.terms(ctx, mini)
+
+    for _ in range(2):
+        ctx.learner.update(batch, ALGO.loss(ctx.own), terms=terms)
+    assert seen == [0, 1, 0, 1]
