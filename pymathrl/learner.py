@@ -33,12 +33,14 @@ class Learner:
     """A policy, its engine and its optimizer. A run has one; an algorithm may make more (see `Context.new_learner`).
 
     updates: optimizer steps in all, for the learning-rate schedule.
+    current: the optimizer steps so far of the batch that is being trained.
     """
 
     def __init__(self, policy: Policy, config: TrainConfig, *, updates: int, max_pages: int | None = None) -> None:
         self.policy, self.config = policy, config
         self.engine = Engine(policy, config.seed, max_batch=config.rollout_rows, max_pages=max_pages)
         self.optimizer = Optimizer(policy.model, config, updates)
+        self.current = Update()
 
     def restart(self, config: TrainConfig, *, updates: int, max_pages: int) -> None:
         """Goes on with these weights under the options of another stage, whose schedule starts anew."""
@@ -61,7 +63,7 @@ class Learner:
         """
         config, rollout = self.config, batch.rollout
         bounds = rollout.group_offsets
-        done = Update()
+        self.current = done = Update()
         for _ in range(config.epochs):
             for groups in torch.arange(bounds.numel() - 1, device=bounds.device).chunk(config.minibatches):
                 rows = torch.arange(int(bounds[groups[0]]), int(bounds[groups[-1] + 1]), device=bounds.device)
