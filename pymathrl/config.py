@@ -245,6 +245,7 @@ def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
         if key not in known_names:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
     _check_together(algo, train, {k for k, source in sources.items() if not source.startswith(("preset", "default"))})
+    algo.check(train, own)
     return Run(algo, train, own, options)
 
 

@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover
+from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover, thr
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -11,6 +11,7 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "thr": thr.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

@@ -16,6 +16,7 @@ from torch import Tensor
 from pymathrl.batch import Batch, Graded, Rollout
 
 if TYPE_CHECKING:
+    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
     from pymathrl.prompt import Prompts
     from pymathrl.rollout.draws import Draws
@@ -45,6 +46,10 @@ class Memory(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def _check(train: TrainConfig, own: Any) -> None:
+    pass
 
 
 def _draw(ctx: Context, count: int) -> Prompts:
@@ -82,6 +87,7 @@ class Algo:
 
     defaults: options of every run that have another default here (the command line and a file still win).
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
+    check(train, own): UserError for options that do not fit together [any do].
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
 
     In the order of a step:
@@ -107,6 +113,7 @@ class Algo:
     loss: Callable[[Any], LossSpec]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     min_samples: int = 2
+    check: Callable[[TrainConfig, Any], None] = _check
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
     draw: Callable[[Context, int], Prompts] = _draw
