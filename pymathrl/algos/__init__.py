@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, rloo, rover, thr
+from pymathrl.algos import acre, cispo, dapo, dr_grpo, grpo, gspo, guide, rloo, rlp, rover, thr, vogue
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -12,6 +12,10 @@ REGISTRY: dict[str, Algo] = {
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
     "thr": thr.ALGO,
+    "guide": guide.ALGO,
+    "vogue": vogue.ALGO,
+    "acre": acre.ALGO,
+    "rlp": rlp.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

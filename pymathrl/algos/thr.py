@@ -102,10 +102,10 @@ def judge(ctx: Context, graded: Graded) -> Graded:
         part = rollout.select(range(rows.start, rows.stop))
         factor[at][part.sampled_mask] = group_weights(ctx, part, graded.correct[rows])
     if mixed:
-        trained = factor[rollout.sampled_mask & torch.isin(rollout.group[rollout.row_of_token],
-                                                           torch.tensor(mixed, device=rollout.device))]  # fmt: skip
-        ctx.metrics |= {f"thr/{n}": float((c).float().mean()) for n, c in
-                        (("cut", trained == 0), ("raised", trained > 1), ("lowered", (trained > 0) & (trained < 1)))}  # fmt: skip
+        of_mixed = torch.isin(rollout.group, torch.tensor(mixed, device=rollout.device))
+        trained = factor[rollout.sampled_mask & rollout.per_token(of_mixed)]
+        for name, tokens in (("cut", trained == 0), ("raised", trained > 1)):
+            ctx.metrics[f"thr/{name}"] = float(tokens.float().mean())
     return replace(graded, extra={**graded.extra, "thr_weight": factor})
 
 

@@ -1,23 +1,25 @@
 """Questions with a number as their answer, from a JSONL file: {"question": .., "answer": ..} per line, as in GSM8K.
 
-The gold answer is what follows the last "####" of the answer field, or the whole field.
+The gold answer is what follows the last "####" of the answer field, or the whole field; what stands before the mark is
+a worked solution. A row may have a "hint".
 """
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
 from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.holdout import held_out_keys
-from pymathrl.tasks.jsonl import fail, read_objects, shuffled
+from pymathrl.tasks.jsonl import fail, read_hint, read_objects, shuffled
 from pymathrl.tasks.last_number import last_number, read_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
 
 ANSWERS = ("tag", "last")
 MARK = "####"  # of GSM8K, before the final answer
+WORDINGS = ("Here is a problem to solve.", "Consider this question.", "Read this carefully before you answer.")
 
 
 def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0, split: str = "hash") -> "Questions":
@@ -30,19 +32,20 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
         )
     if not 0 <= format_score < 1:
         raise UserError(f"{path}: format_score must be in [0, 1), got {format_score}")
-    rows: list[tuple[str, str, Fraction]] = []
+    rows: list[Row] = []
     for line, row in read_objects(path):
         for name in ("question", "answer"):
             if not isinstance(row.get(name), str) or not row[name].strip():
                 fail(path, line, row, name, "a text that is not empty")
-        gold = row["answer"].rsplit(MARK, 1)[-1].strip()
+        worked, _, gold = row["answer"].rpartition(MARK)
+        gold, worked = gold.strip(), worked.strip()
         value = read_number(gold)
         if value is None:
             fail(path, line, row, "answer", f"a number, alone or after '{MARK}'")
-        rows.append((row["question"], gold, value))
+        rows.append(Row(row["question"], gold, value, worked, read_hint(path, line, row)))
     if split == "all":
         return Questions(str(path), (), tuple(rows), answer, format_score)
-    keys = ["question:" + question for question, _, _ in rows]
+    keys = ["question:" + row.question for row in rows]
     held_out = held_out_keys(keys)
     train = tuple(row for row, key in zip(rows, keys, strict=True) if key not in held_out)
     test = tuple(row for row, key in zip(rows, keys, strict=True) if key in held_out)
@@ -50,12 +53,21 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
 
 
 @dataclass(frozen=True)
-class Questions:
-    """rows: (question, gold text, gold value)."""
+class Row:
+    """worked: the solution in words, hint: a text for who cannot find it; "" where the file has none."""
 
+    question: str
+    gold: str
+    value: Fraction
+    worked: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Questions:
     name: str
-    rows: tuple[tuple[str, str, Fraction], ...]
-    held_out: tuple[tuple[str, str, Fraction], ...]
+    rows: tuple[Row, ...]
+    held_out: tuple[Row, ...]
     answer: str
     format_score: float
 
@@ -69,14 +81,19 @@ class Questions:
         return [self._problem(uid, row) for uid, row in enumerate(self.held_out[:n])]
 
     @staticmethod
-    def _problem(uid: int, row: tuple[str, str, Fraction]) -> Problem:
-        return Problem(uid, row[0], row[1], {"value": row[2]})
+    def _problem(uid: int, row: Row) -> Problem:
+        texts = {"worked": row.worked, "hint": row.hint}
+        return Problem(uid, row.question, row.gold, {"value": row.value, **{k: v for k, v in texts.items() if v}})
 
     def prompt(self, problem: Problem, style: str) -> str:
         if style == "compact":
             return f"{problem.question}\n<think>"
         where = "between <answer> and </answer>" if self.answer == "tag" else "at the end, after 'The answer is'"
         return instruct(f"{problem.question}\nReason step by step, and put the final number {where}.", style)
+
+    def reword(self, problem: Problem, rng: random.Random) -> Problem:
+        """With a sentence in front."""
+        return replace(problem, question=f"{rng.choice(WORDINGS)} {problem.question}")
 
     def grade(self, problem: Problem, response: str) -> Grade:
         written = last_answer(response) if self.answer == "tag" else response
