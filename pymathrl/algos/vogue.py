@@ -30,11 +30,12 @@ from pymathrl.algos import grpo
 from pymathrl.algos.algo import Algo
 from pymathrl.batch import Batch, Graded, Rollout
 from pymathrl.options import at_least, option, positive
-from pymathrl.rollout import Draws, Scored
 
 if TYPE_CHECKING:
     from pymathrl.context import Context
     from pymathrl.prompt import Prompts
+    from pymathrl.rollout import Draws
+    from pymathrl.rollout.score import Scored
 
 
 def _share(default: float, help: str) -> Any:
@@ -83,9 +84,9 @@ def _side_by_side(a: Iterator[Scored], b: Iterator[Scored]) -> Iterator[tuple[Sc
     left, right = next(a, None), next(b, None)
     while left is not None and right is not None:
         n = min(left.at.numel(), right.at.numel())
-        yield Scored(*(x[:n] for x in left)), Scored(*(x[:n] for x in right))
-        left = Scored(*(x[n:] for x in left)) if left.at.numel() > n else next(a, None)
-        right = Scored(*(x[n:] for x in right)) if right.at.numel() > n else next(b, None)
+        yield left._make(x[:n] for x in left), right._make(x[:n] for x in right)
+        left = left._make(x[n:] for x in left) if left.at.numel() > n else next(a, None)
+        right = right._make(x[n:] for x in right) if right.at.numel() > n else next(b, None)
 
 
 def reworded(ctx: Context, graded: Graded) -> tuple[Tensor, list[list[int]]]:

@@ -73,7 +73,9 @@ def plain_tokens(ctx, rollout):
 @pytest.mark.parametrize("mode", ["thr", "nthr"])
 def test_weights_of_a_group_are_those_of_the_double_sum(mode):
     policy = tiny_policy(seed=3)
-    ctx = context("thr", "--thr-mode", mode, "--thr-p", "0.2", "--thr-beta", "0.1", "--temperature", "0.9", policy=policy)
+    ctx = context(
+        "thr", "--thr-mode", mode, "--thr-p", "0.2", "--thr-beta", "0.1", "--temperature", "0.9", policy=policy
+    )
     rollout = sampled(policy, groups=2)
     correct = torch.tensor([True, False, True, False, False, True, False, False])
     judged = ctx.run.algo.judge(ctx, with_rewards(rollout, correct.float()))
