@@ -14,8 +14,10 @@ So r is not 1 at the first optimizer step, and the clip acts on one side: where 
 speaks of the context that is trained: the plain one. A problem without a right answer in either draw is dropped for the
 step: its first responses stay in the counts, their factor is 0.
 
-The hint is the field "hint" of a problem's row; else the first half of the task's worked solution, at least one step of
-it and never the last one. A problem without either stays as it is. Evaluations never see hints.
+The hint is the field "hint" of a problem's row; else the first half of the task's worked solution, at least one step
+of it and never the last one. A problem without either stays as it is. Evaluations never see hints. The built-in model
+finds its thought begun with the hint: then the hint is part of y, with pi_old = 1 behind q + h. (Training what follows
+alone teaches it to leave out steps: pass@1 26.0 -> 28.4 % in 20 steps.)
 
 Only the abstract and public reviews of the paper were found: the ratio and the trigger are its statements, the options,
 the group of the hinted rows (as many as the first) and the words of the hint are ours.
@@ -34,7 +36,7 @@ from torch import Tensor
 
 from pymathrl.algos import grpo
 from pymathrl.algos.algo import Algo
-from pymathrl.batch import Batch, Graded, Rollout
+from pymathrl.batch import ROLE_SAMPLED, Batch, Graded, Rollout
 from pymathrl.errors import UserError
 from pymathrl.options import at_least, option
 from pymathrl.prompt import Prompts
@@ -116,13 +118,25 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, extra={**graded.extra, "guide_keep": keep})
 
 
+def without_hint(rollout: Rollout, plain: Sequence[Sequence[int]]) -> Rollout:
+    """The responses behind their problems' plain prompts [P], with the log-probs that they had behind the hint. A hint
+    that stands behind the whole plain prompt begins the response: for sure, so with log-prob 0."""
+    groups = rollout.group.tolist()
+    ids, starts = rollout.ids.tolist(), rollout.offsets.tolist()
+    if any(ids[s : s + len(plain[p])] != list(plain[p]) for s, p in zip(starts, groups, strict=False)):
+        return rollout.with_prompts([plain[p] for p in groups])
+    size = torch.tensor([len(plain[p]) for p in groups], device=rollout.device)
+    position = torch.arange(rollout.tokens, device=rollout.device) - rollout.per_token(rollout.offsets[:-1])
+    role = torch.where(position < rollout.per_token(size), rollout.role, ROLE_SAMPLED).to(torch.int8)
+    return replace(rollout, role=role, prompt_len=size)
+
+
 def merge(ctx: Context, plain: Graded, guided: Graded, solved: dict[int, bool]) -> tuple[Graded, Tensor]:
     """(the groups with hinted responses where these solved the problem, fp32 [T] 0 at the tokens of those dropped).
     solved: group of `plain` -> whether its hint helped, in the order of the groups of `guided`."""
     rollout = guided.rollout
     if ctx.own.guide_ratio != "hinted_over_hinted":
-        prompts = [ctx.encode(problem) for problem in guided.problems]
-        rollout = rollout.with_prompts([prompts[p] for p in rollout.group.tolist()])
+        rollout = without_hint(rollout, [ctx.encode(problem) for problem in guided.problems])
     if ctx.own.guide_ratio == "none":
         score = ctx.score(rollout)
         rollout = replace(rollout, logp=score.logp, mean_logp=score.mean_logp, entropy=score.entropy)

@@ -19,7 +19,7 @@ of the annealing were not found and are ours.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pymathrl.prompt import Prompts
     from pymathrl.rollout import Draws
     from pymathrl.rollout.score import Scored
+    from pymathrl.tasks import Problem
 
 
 def _share(default: float, help: str) -> Any:
@@ -52,18 +53,35 @@ class Config(grpo.Config):
     vogue_end: float = _share(0.0, "that share at the end of the run (not found: ours)")
 
 
+def other_wording(ctx: Context, problem: Problem, uid: int) -> Problem:
+    """The problem as the sample of this identity reads it, if it reads another wording."""
+    return ctx.task.reword(problem, random.Random(f"vogue wording {ctx.train.seed} {uid}"))
+
+
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
-    """The wording of a sample follows from the seed, its problem and its number."""
     own, seed = ctx.own, ctx.train.seed
     share = own.vogue_start + (own.vogue_end - own.vogue_start) * ctx.progress
     uids, ids = draws.uids(prompts.problems), []
     for number, uid in enumerate(uids.tolist()):
         problem, plain = prompts.problems[number // draws.samples], prompts.ids[number // draws.samples]
-        rng = random.Random(f"vogue {seed} {uid}")
-        other = ctx.encode(ctx.task.reword(problem, rng)) if rng.random() < share else plain
+        reword = random.Random(f"vogue {seed} {uid}").random() < share
+        other = ctx.encode(other_wording(ctx, problem, uid)) if reword else plain
         ids.append(other if len(other) <= ctx.train.max_prompt_tokens else plain)
     drawn = ctx.engine.generate(ids, 1, draws.max_new_tokens, uids=uids, seed=draws.seed, **draws.sampling)
     return replace(drawn, group=drawn.group // draws.samples)
+
+
+def verify(ctx: Context, rollout: Rollout, prompts: Prompts) -> Graded:
+    """Each row by the wording it read: a letter means the option that stood there."""
+    behind_other, _ = reworded(ctx, rollout, prompts.problems)
+    problems = [prompts.problems[p] for p in rollout.group.tolist()]
+    uids = rollout.uid.tolist()
+    read = [
+        other_wording(ctx, problem, uid) if other else problem
+        for problem, uid, other in zip(problems, uids, behind_other.tolist(), strict=True)
+    ]
+    alone = replace(rollout, group=torch.arange(rollout.rows, device=rollout.device))
+    return replace(ctx.verify(alone, read), rollout=rollout, problems=prompts.problems)
 
 
 def disagreement(a: Tensor, b: Tensor) -> Tensor:
@@ -89,10 +107,9 @@ def _side_by_side(a: Iterator[Scored], b: Iterator[Scored]) -> Iterator[tuple[Sc
         right = right._make(x[n:] for x in right) if right.at.numel() > n else next(b, None)
 
 
-def reworded(ctx: Context, graded: Graded) -> tuple[Tensor, list[list[int]]]:
-    """(bool [B]: rows behind another prompt than their problem's own; those prompts, of every row)."""
-    rollout = graded.rollout
-    own = [ctx.encode(problem) for problem in graded.problems]
+def reworded(ctx: Context, rollout: Rollout, problems: Sequence[Problem]) -> tuple[Tensor, list[list[int]]]:
+    """(bool [B]: rows behind another prompt than their problem's own; those own prompts, of every row)."""
+    own = [ctx.encode(problem) for problem in problems]
     plain = [own[p] for p in rollout.group.tolist()]
     ids, starts, sizes = rollout.ids.tolist(), rollout.offsets.tolist(), rollout.prompt_len.tolist()
     other = [ids[s : s + n] != prompt for s, n, prompt in zip(starts, sizes, plain, strict=False)]
@@ -101,7 +118,7 @@ def reworded(ctx: Context, graded: Graded) -> tuple[Tensor, list[list[int]]]:
 
 def shape(ctx: Context, graded: Graded, batch: Batch) -> Batch:
     rollout = batch.rollout
-    other, plain = reworded(ctx, graded)
+    other, plain = reworded(ctx, rollout, graded.problems)
     active = rollout.row_sums((batch.advantage != 0).float()) > 0  # |A| = 0 has no bonus
     rows = (other & active).nonzero()[:, 0]
     mask = rollout.sampled_mask & rollout.per_token(other & active)
@@ -129,5 +146,6 @@ ALGO = Algo(
     advantage=grpo.advantage,
     loss=grpo.loss,
     rollout=rollout,
+    verify=verify,
     shape=shape,
 )

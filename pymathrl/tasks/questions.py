@@ -1,13 +1,17 @@
-"""Questions with a number as their answer, from a JSONL file: {"question": .., "answer": ..} per line, as in GSM8K.
+"""Questions with a number, or one of given options, as their answer, from a JSONL file: {"question": .., "answer": ..}
+per line, as in GSM8K.
 
 The gold answer is what follows the last "####" of the answer field, or the whole field; what stands before the mark is
-a worked solution. A row may have a "hint".
+a worked solution. A row may have a "hint", and "options": a list of texts, one of which is the gold answer. They are
+shown with letters, and a response names the letter or the option.
 """
 
 import random
+import re
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from pymathrl.errors import UserError
 from pymathrl.tasks.answer_tag import last_answer
@@ -19,6 +23,8 @@ from pymathrl.tasks.prompt_style import instruct
 
 ANSWERS = ("tag", "last")
 MARK = "####"  # of GSM8K, before the final answer
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_LETTER = re.compile(r"\(?([A-Z])[).:]?(\s.*)?", re.DOTALL)
 WORDINGS = ("Here is a problem to solve.", "Consider this question.", "Read this carefully before you answer.")
 
 
@@ -39,10 +45,13 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
                 fail(path, line, row, name, "a text that is not empty")
         worked, _, gold = row["answer"].rpartition(MARK)
         gold, worked = gold.strip(), worked.strip()
+        options = _read_options(path, line, row, gold)
         value = read_number(gold)
-        if value is None:
+        if value is None and not options:
             fail(path, line, row, "answer", f"a number, alone or after '{MARK}'")
-        rows.append(Row(row["question"], gold, value, worked, read_hint(path, line, row)))
+        if options and answer == "last":
+            raise UserError(f"{path}, line {line}: an option is named in an answer tag; use answer='tag'")
+        rows.append(Row(row["question"], gold, value, worked, read_hint(path, line, row), options))
     if split == "all":
         return Questions(str(path), (), tuple(rows), answer, format_score)
     keys = ["question:" + row.question for row in rows]
@@ -52,15 +61,28 @@ def questions_file(path: Path, *, answer: str = "tag", format_score: float = 0.0
     return Questions(str(path), train, test, answer, format_score)
 
 
+def _read_options(path: Path, line: int, row: dict[str, Any], gold: str) -> tuple[str, ...]:
+    options = row.get("options", [])
+    if "options" in row:
+        texts = isinstance(options, list) and all(isinstance(o, str) and o.strip() for o in options)
+        if not texts or not 2 <= len({o.strip() for o in options}) == len(options) <= len(LETTERS):
+            fail(path, line, row, "options", f"a list of 2 to {len(LETTERS)} different texts that are not empty")
+        if gold not in [o.strip() for o in options]:
+            fail(path, line, row, "answer", f"one of the options, alone or after '{MARK}'")
+    return tuple(o.strip() for o in options)
+
+
 @dataclass(frozen=True)
 class Row:
-    """worked: the solution in words, hint: a text for who cannot find it; "" where the file has none."""
+    """value: of a gold answer that is a number. worked: the solution in words, hint: a text for who cannot find it;
+    "" where the file has none."""
 
     question: str
     gold: str
-    value: Fraction
+    value: Fraction | None
     worked: str = ""
     hint: str = ""
+    options: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,23 +104,40 @@ class Questions:
 
     @staticmethod
     def _problem(uid: int, row: Row) -> Problem:
-        texts = {"worked": row.worked, "hint": row.hint}
-        return Problem(uid, row.question, row.gold, {"value": row.value, **{k: v for k, v in texts.items() if v}})
+        some = {"worked": row.worked, "hint": row.hint, "options": row.options}
+        return Problem(uid, row.question, row.gold, {"value": row.value, **{k: v for k, v in some.items() if v}})
 
     def prompt(self, problem: Problem, style: str) -> str:
+        options = problem.meta.get("options", ())
+        listed = "".join(f"\n{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False))
         if style == "compact":
-            return f"{problem.question}\n<think>"
+            return f"{problem.question}{listed}\n<think>"
+        if options:
+            task = "Reason step by step, and put the letter of the right option between <answer> and </answer>."
+            return instruct(f"{problem.question}{listed}\n{task}", style)
         where = "between <answer> and </answer>" if self.answer == "tag" else "at the end, after 'The answer is'"
         return instruct(f"{problem.question}\nReason step by step, and put the final number {where}.", style)
 
     def reword(self, problem: Problem, rng: random.Random) -> Problem:
-        """With a sentence in front."""
+        """The options in another order; without options, with a sentence in front."""
+        if "options" in problem.meta:
+            options = list(problem.meta["options"])
+            while tuple(options) == problem.meta["options"]:
+                rng.shuffle(options)
+            return replace(problem, meta={**problem.meta, "options": tuple(options)})
         return replace(problem, question=f"{rng.choice(WORDINGS)} {problem.question}")
 
     def grade(self, problem: Problem, response: str) -> Grade:
         written = last_answer(response) if self.answer == "tag" else response
         if written is None:
             return Grade(0.0, False, None, None, "no closed answer tag")
+        if "options" in problem.meta:
+            chosen = _chosen(written, problem.meta["options"])
+            if chosen is None:
+                return Grade(0.0, False, written, None, "names no option")
+            right = chosen == problem.answer
+            reason = "correct" if right else f"wrong option {chosen}"
+            return Grade(1.0 if right else self.format_score, right, written, chosen, reason)
         found = last_number(written)
         if found is None:
             return Grade(0.0, False, None, None, "no number")
@@ -109,3 +148,12 @@ class Questions:
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         return f"</think><answer>{problem.answer}</answer>"
+
+
+def _chosen(written: str, options: tuple[str, ...]) -> str | None:
+    """The option that an answer means: by its text, or by its letter with nothing or more words after it."""
+    if written in options:
+        return written
+    letter = _LETTER.fullmatch(written)
+    at = LETTERS.index(letter[1]) if letter else len(options)
+    return options[at] if at < len(options) else None

@@ -1,7 +1,6 @@
 """Second answers behind a reworded problem: the four cases, what is asked, and the update."""
 
 import dataclasses
-from fractions import Fraction
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from pymathrl.algos import acre
 from pymathrl.algos.acre import Config, reward, trace_of
 from pymathrl.config import parse_train
 from pymathrl.errors import UserError
-from pymathrl.tasks import Problem
+from pymathrl.tasks import Problem, load_task
 from pymathrl.train import main
 from tests.algos.cases import check_gradient, context, graded, make_batch, move, sampled, with_rewards
 from tests.tiny import SMALL_RUN, save_tiny, tiny_policy
@@ -69,29 +68,34 @@ def test_rewards_of_countdown_rows(monkeypatch):
     assert ctx.metrics["acre/second_accuracy"] == pytest.approx(2 / 4)
 
 
-def test_options_are_compared_by_content(monkeypatch):
-    """Options [3,5,7,9], gold 5 (B); shuffled to [9,7,5,3]: C means 5 again, B means 7."""
+def test_options_are_compared_by_content(monkeypatch, tmp_path):
+    """Gold 5: the letter that now stands before 5 is right again, the letter of before is not."""
     ctx = context("acre")
+    file = tmp_path / "choice.jsonl"
+    file.write_text('{"question": "7-2 = ?", "answer": "5", "options": ["3", "5", "7", "9"]}\n')
+    task = load_task(file, split="all")
+    orders = []
 
-    class Choice:
+    class Spelled:
+        grade = task.grade
+
         def reword(self, problem, rng):
-            return dataclasses.replace(problem, meta={"options": [9, 7, 5, 3], "value": Fraction(5)})
+            orders.append(task.reword(problem, rng).meta["options"])
+            return dataclasses.replace(problem, meta={**problem.meta, "options": ("9", "7", "5", "3")})
 
-        def prompt(self, problem, style):
-            return f"{problem.meta['options']}\n<think>".translate(str.maketrans("[]", "()"))
+        def prompt(self, problem, style):  # the built-in vocabulary has no letters
+            return f"{problem.question} {' '.join(problem.meta['options'])}\n<think>"
 
-        def grade(self, problem, response):
-            letter = response.split("<answer>")[1].split("<")[0]
-            right = problem.meta["options"]["1234".index(letter)] == problem.meta["value"]
-            return dataclasses.replace(GRADE, reward=float(right), correct=right)
-
-    GRADE = graded([[1.0]]).grades[0]
-    ctx.task = Choice()
-    problem = Problem(0, "?", "5", {"options": [3, 5, 7, 9], "value": Fraction(5)})
-    rows = graded([[1.0, 1.0]], texts=["7-2=5<answer>2</answer>", "4+1=5<answer>2</answer>"])
-    rows = dataclasses.replace(rows, problems=[problem])
-    monkeypatch.setattr(ctx.learner, "engine", Scripted(ctx, ["3</answer>", "2</answer>"]))
+    ctx.task = Spelled()
+    rows = graded([[1.0, 1.0]], texts=["7-2=5<answer>B</answer>", "2+5=7<answer>B</answer>"])
+    rows = dataclasses.replace(rows, problems=task.test())
+    engine = Scripted(ctx, ["3</answer>", "2</answer>"])
+    monkeypatch.setattr(ctx.learner, "engine", engine)
+    # what the engine wrote, as letters
+    monkeypatch.setattr(ctx.policy.tokenizer, "decode_batch", lambda rows: ["C</answer>", "B</answer>"])
     assert acre.judge(ctx, rows).reward.tolist() == [1.0, 0.5]
+    assert all(text.startswith("7-2 = ? 9 7 5 3\n") for text in engine.asked)
+    assert all(sorted(order) == ["3", "5", "7", "9"] and order != ("3", "5", "7", "9") for order in orders)
 
 
 def test_a_problem_with_one_wording_keeps_its_answer():

@@ -77,21 +77,41 @@ def test_failed_groups_are_drawn_again_and_trained_behind_the_plain_prompt(monke
     uid = prompts.problems[1].uid << 16
     assert rollout.uid[hinted].tolist() == [uid + 4, uid + 5, uid + 6, uid + 7]
     assert rollout.uid[:4].tolist() == first.uid[:4].tolist()
-    # log-probs are those of the hinted context
+    # the begun thought is part of the response, certain where the hint stood: log-prob 0; what follows has its own
     problem = prompts.problems[1]
     note = guide.hint_of(ctx.task, problem, "compact", 0)
     assert note and ctx.encode(problem, note) == prompts.ids[1] + ctx.tokens(note)
-    behind_hint = rollout.select(hinted).with_prompts([ctx.encode(problem, note)] * 4)
-    score = ctx.score(behind_hint)
-    assert torch.equal(score.logp, behind_hint.logp) and torch.equal(score.entropy, behind_hint.entropy)
-    plain = ctx.score(rollout.select(hinted)).logp
-    assert float((plain - rollout.select(hinted).logp).abs().max()) > 1e-6
+    rows_of_hint = rollout.select(hinted)
+    for row in range(4):
+        begin = int(rows_of_hint.offsets[row]) + len(prompts.ids[1])
+        end, last = begin + len(ctx.tokens(note)), int(rows_of_hint.offsets[row + 1])
+        assert rows_of_hint.ids[begin:end].tolist() == ctx.tokens(note)
+        assert bool(rows_of_hint.sampled_mask[begin:last].all())
+        assert not bool(rows_of_hint.logp[begin:end].any())
+        score = ctx.score(rows_of_hint).logp
+        assert torch.equal(score[end:last], rows_of_hint.logp[end:last]) and bool((score[begin:end] < -1e-3).all())
     # the group that failed twice is out of the update, whatever its rewards
     batch = make_batch(ctx, out)
     gone = rollout.per_token(torch.arange(rollout.rows) >= sum(size) - 4)
     assert not bool(batch.coef[gone & rollout.sampled_mask].any())
     assert bool((batch.coef[~gone & rollout.sampled_mask] == 1).all())
     assert ctx.metrics["guide/failed"] == 2 and ctx.metrics["guide/solved"] == 1
+
+
+def test_a_hint_within_the_prompt_is_exchanged_for_the_plain_prompt(monkeypatch):
+    """As in every style but the built-in model's: log-probs stay those behind the hint."""
+    policy = tiny_policy(seed=3)
+    move(policy, 0.2)
+    ctx = guide_context(policy=policy)
+    shown = lambda problem, note="": ctx.tokens(f"{problem.question}{' ?7' if note else ''}\n<think>")
+    monkeypatch.setattr(ctx, "encode", shown)
+    _, prompts, out = judged(monkeypatch, ctx, [NO, ONE], [ONE])
+    rollout = out.rollout.select(range(4))
+    assert rollout.prompt_len.tolist() == [len(prompts.ids[0])] * 4
+    behind_hint = rollout.with_prompts([shown(prompts.problems[0], "x")] * 4)
+    score = ctx.score(behind_hint)
+    assert torch.equal(score.logp, behind_hint.logp) and torch.equal(score.entropy, behind_hint.entropy)
+    assert float((ctx.score(rollout).logp - rollout.logp).abs().max()) > 1e-3
 
 
 def test_ratio_modes(monkeypatch):
@@ -109,7 +129,7 @@ def test_threshold(monkeypatch):
     ctx = guide_context("--guide-threshold", "1", policy=tiny_policy(seed=3))
     _, _, out = judged(monkeypatch, ctx, [ONE, [True, True, False, False]], [NO])
     # one right answer is few enough for a hint; the hint does not help, so the group stays and is trained
-    assert out.correct.tolist() == ONE + [True, True, False, False]
+    assert out.correct.tolist() == [*ONE, True, True, False, False]
     assert bool((out.extra["guide_keep"] == 1).all())
     assert ctx.metrics["guide/hinted"] == 1
 

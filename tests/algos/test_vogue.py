@@ -7,6 +7,8 @@ import torch
 
 from pymathrl.algos import vogue
 from pymathrl.algos.vogue import Config, disagreement, shaped
+from pymathrl.prompt import Prompts
+from pymathrl.tasks import load_task
 from pymathrl.train import main
 from tests.algos.cases import check_gradient, context, make_batch, move
 from tests.models.plain import plain_hidden
@@ -35,7 +37,7 @@ def judged(ctx, progress=0.0, rewards=None):
     ctx.at.stage_step = round(progress * ctx.train.steps)
     prompts = ctx.draw(2)
     rollout = vogue.rollout(ctx, prompts, ctx.draws)
-    graded = ctx.verify(rollout, prompts.problems)
+    graded = vogue.verify(ctx, rollout, prompts)
     reward = torch.tensor(rewards or [1.0, 0.1, 0.0, 1.0, 0.0, 0.1, 0.1, 1.0])
     return prompts, dataclasses.replace(graded, reward=reward, correct=reward == 1)
 
@@ -48,7 +50,7 @@ def vogue_context(*flags, policy=None):
 def test_share_of_other_wordings_falls_and_the_draws_stay():
     ctx = vogue_context("--vogue-start", "1", "--vogue-end", "0")
     prompts, first = judged(ctx)
-    other, plain = vogue.reworded(ctx, first)
+    other, plain = vogue.reworded(ctx, first.rollout, first.problems)
     assert bool(other.all()) and plain[5] == ctx.encode(prompts.problems[1])
     for row in range(8):  # the same numbers in another order
         begin, n = int(first.rollout.offsets[row]), int(first.rollout.prompt_len[row])
@@ -60,12 +62,41 @@ def test_share_of_other_wordings_falls_and_the_draws_stay():
     first.rollout.validate()
     ctx.at.cursor = 0
     _, last = judged(ctx, progress=1.0)
-    assert not bool(vogue.reworded(ctx, last)[0].any())
+    assert not bool(vogue.reworded(ctx, last.rollout, last.problems)[0].any())
     # all behind their own prompts: what any algorithm would have drawn, bit for bit
     same = ctx.generate(prompts)
     for name in ("ids", "logp", "uid", "group"):
         assert torch.equal(getattr(last.rollout, name), getattr(same, name)), name
     assert torch.equal(make_batch(ctx, last).advantage, make_batch(context("grpo"), last).advantage)
+
+
+def test_a_letter_is_graded_by_the_options_that_the_row_read(tmp_path):
+    file = tmp_path / "choice.jsonl"
+    file.write_text('{"question": "2+2 = ?", "answer": "4", "options": ["3", "4", "5", "6"]}\n' * 2)
+    ctx = vogue_context("--vogue-start", "1")
+    task = load_task(file, split="all")
+
+    class Spelled:  # the built-in vocabulary has no letters: prompts of digits, but graded as the task does
+        reword, grade = task.reword, task.grade
+
+        def prompt(self, problem, style):
+            return f"{problem.question} {' '.join(problem.meta['options'])}\n<think>"
+
+    ctx.task = Spelled()
+    problem = task.test()[0]
+    prompts = Prompts([problem], [ctx.encode(problem)])
+    rollout = vogue.rollout(ctx, prompts, ctx.draws)
+    texts = [f"<answer>{letter}</answer>" for letter in "ABCD"]
+    decode = ctx.policy.tokenizer.decode_batch
+    ctx.policy.tokenizer.decode_batch = lambda rows: texts
+    try:
+        graded = vogue.verify(ctx, rollout, prompts)
+    finally:
+        ctx.policy.tokenizer.decode_batch = decode
+    for row, right in enumerate(graded.correct.tolist()):
+        read = decode([rollout.ids[int(rollout.offsets[row]) :][: int(rollout.prompt_len[row])].tolist()])[0]
+        assert right == (read.split("? ")[1].split()[row] == "4")
+    assert graded.problems == [problem] and graded.rollout is rollout
 
 
 def test_bonus_of_a_row_compares_its_context_with_the_plain_one():
@@ -77,7 +108,7 @@ def test_bonus_of_a_row_compares_its_context_with_the_plain_one():
     _, graded = judged(ctx)
     batch = make_batch(ctx, graded)
     plain_batch = make_batch(context("grpo", policy=policy), graded)
-    other, plain = vogue.reworded(ctx, graded)
+    other, plain = vogue.reworded(ctx, graded.rollout, graded.problems)
     assert 0 < int(other.sum()) < 8
     weights = {n: p.detach().double() for n, p in policy.model.named_parameters()}
     rollout = graded.rollout
