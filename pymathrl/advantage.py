@@ -10,6 +10,7 @@ from torch import Tensor
 from pymathrl.batch import ROLE_FORCED, STOP_LENGTH, Batch, Graded, Rollout
 from pymathrl.config import TrainConfig
 from pymathrl.context import Context
+from pymathrl.errors import UserError
 
 
 def reference_terms(ctx: Context, graded: Graded) -> Graded:
@@ -25,6 +26,8 @@ def reference_terms(ctx: Context, graded: Graded) -> Graded:
     if at.kl_coef < 0:
         at.kl_coef = config.kl_coef
     ref_logp = ctx.score(rollout, ctx.reference()).logp
+    if config.kl_in == "reward" and rollout.parent is not None:
+        raise UserError("--kl-in reward: a response of several rows has no place for it; use --kl-in loss")
     k1 = torch.where(rollout.sampled_mask, rollout.logp - ref_logp, 0.0)
     extra = {**graded.extra, "ref_logp": ref_logp}
     if config.kl_in == "reward":
@@ -33,14 +36,22 @@ def reference_terms(ctx: Context, graded: Graded) -> Graded:
     ctx.metrics |= {"kl/coef": at.kl_coef, "kl/sampler_to_reference": mean}
     if config.kl_target:
         error = max(-0.2, min(0.2, mean / config.kl_target - 1))
-        at.kl_coef *= 1 + error * rollout.rows / config.kl_horizon
+        at.kl_coef *= 1 + error * rollout.main_rows.numel() / config.kl_horizon
     return replace(graded, extra=extra)
 
 
 def advantage(ctx: Context, graded: Graded) -> Batch:
-    """The batch with the algorithm's advantage of each response at each of its sampled tokens; 0 elsewhere."""
+    """The batch with the algorithm's advantage of each response at each of its sampled tokens; 0 elsewhere. The
+    algorithm sees the responses without their branches; these get the numbers of their responses."""
     rollout, mask = graded.rollout, graded.rollout.sampled_mask
-    values = ctx.run.algo.advantage(ctx, graded)
+    values = ctx.run.algo.advantage(ctx, graded.main)
+    if rollout.parent is not None:
+        if values.ndim != 1 or values.numel() != rollout.main_rows.numel():
+            raise ValueError(
+                f"{ctx.run.algo.name}: responses of several rows need one advantage each, expected "
+                f"[{rollout.main_rows.numel()}], got {list(values.shape)}"
+            )
+        values = values[rollout.response_of_row]
     if values.shape not in ((rollout.rows,), (rollout.tokens,)):
         raise ValueError(
             f"{ctx.run.algo.name}: advantage must return [B] = [{rollout.rows}] or [T] = [{rollout.tokens}], got "

@@ -71,6 +71,13 @@ class Rollout:
     empty where the token was drawn without filters.
     support_offsets  int64 [T+1]
     support_ids      int32 [M]
+
+    Only where a response has tokens that were drawn without all that stands before them in its row (one of several
+    paths that are joined later), None elsewhere. There such tokens are forced, and a branch row of their own, which
+    stands behind the response's main row, holds them in the context that they were drawn in; so every sampled token is
+    trained once. A branch row has the reward, the verdict and the stop of its response, and counts in no number of
+    responses: see `main` and `Graded.main`.
+    parent  int64 [B]    the main row that a branch row belongs to; of a main row itself
     """
 
     ids: Tensor
@@ -85,6 +92,7 @@ class Rollout:
     stop: Tensor
     support_ids: Tensor | None = None
     support_offsets: Tensor | None = None
+    parent: Tensor | None = None
 
     @property
     def rows(self) -> int:
@@ -143,6 +151,28 @@ class Rollout:
         """values [T] -> [B]: the sum over the tokens of each row, in their order."""
         return values.new_zeros(self.rows).index_add_(0, self.row_of_token, values)
 
+    @property
+    def main_rows(self) -> Tensor:
+        """int64 [R]: the first row of each response, in order: every row that is not a branch."""
+        rows = torch.arange(self.rows, device=self.device)
+        return rows if self.parent is None else rows[self.parent == rows]
+
+    @property
+    def main(self) -> Rollout:
+        """The responses without their branches."""
+        return self if self.parent is None else replace(self.select(self.main_rows), parent=None)
+
+    @property
+    def response_of_row(self) -> Tensor:
+        """int64 [B]: the number, among the responses, of the one that each row belongs to."""
+        rows = torch.arange(self.rows, device=self.device)
+        return rows if self.parent is None else (self.parent == rows).cumsum(0) - 1
+
+    @property
+    def response_offsets(self) -> Tensor:
+        """int64 [R+1]: the first token of each response, branches included, then T."""
+        return torch.cat([self.offsets[self.main_rows], self.offsets[-1:]])
+
     def response(self, row: int) -> Tensor:
         """int64: the ids of one row after its prompt, the end token included."""
         start, end = int(self.offsets[row]), int(self.offsets[row + 1])
@@ -162,7 +192,19 @@ class Rollout:
             **{name: getattr(self, name)[rows] for name in _ROW_FIELDS},
             support_ids=support_ids,
             support_offsets=support_offsets,
+            parent=self._select_parent(rows),
         )
+
+    def _select_parent(self, rows: Tensor) -> Tensor | None:
+        """`parent` among these rows: each branch row must follow its main row, or another branch of it."""
+        if self.parent is None:
+            return None
+        place = torch.arange(rows.numel(), device=self.device)
+        is_main = self.parent[rows] == rows
+        last = torch.where(is_main, place, -1).cummax(0).values if rows.numel() else place
+        ok = (last >= 0) & (rows[last] == self.parent[rows])
+        _require_all(ok, rows, "Rollout", "select(rows)", "branch rows right behind the main row of their response")
+        return last
 
     def with_prompts(self, prompts: Sequence[Sequence[int]]) -> Rollout:
         """The same responses behind other prompts, prompts[b] for row b: the context in which they are trained, while
@@ -240,6 +282,14 @@ class Rollout:
             size = self.support_offsets.diff()
             ok = (size == 0) | ((size > 0) & self.sampled_mask)
             _require_all(ok, size, "Rollout", "support_offsets", "rising values, a support only where sampled")
+        if self.parent is not None:
+            _check("Rollout", "parent", self.parent, (rows,), torch.int64)
+            own = torch.arange(rows, device=self.device)
+            last = torch.where(self.parent == own, own, -1).cummax(0).values
+            ok = (last >= 0) & (self.parent == last)
+            _require_all(ok, self.parent, "Rollout", "parent", "the row itself, or the last row of which that is true")
+            ok = (self.group == self.group[last]) & (self.stop == self.stop[last])
+            _require_all(ok, own, "Rollout", "parent", "branch rows with group and stop of their main row")
         runs = 1 + int((self.group.diff() != 0).sum())
         distinct = self.group.unique().numel()
         _require(runs == distinct, "Rollout", "group", f"contiguous groups ({distinct} runs)", f"{runs} runs")
@@ -263,7 +313,15 @@ class Rollout:
             support_ids = torch.cat([p.support_ids for p in parts if p.support_ids is not None])
             sizes = [p.support_offsets.diff() if p.support_offsets is not None else p.ids * 0 for p in parts]
             support_offsets = torch.cat([offsets[0], torch.cat(sizes).cumsum(0)])
-        return Rollout(offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets)
+        parent = None
+        if any(p.parent is not None for p in parts):
+            first = torch.tensor([p.rows for p in parts], device=joined["group"].device).cumsum(0)
+            own = [torch.arange(p.rows, device=p.device) if p.parent is None else p.parent for p in parts]
+            parent = torch.cat([o + end - p.rows for o, end, p in zip(own, first, parts, strict=True)])
+        return Rollout(
+            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets,
+            parent=parent,
+        )  # fmt: skip
 
 
 _TOKEN_FIELDS = {
@@ -280,7 +338,7 @@ _ROW_FIELDS = {"prompt_len": torch.int64, "group": torch.int64, "uid": torch.int
 class Graded:
     """A rollout with what the verifier said of it.
 
-    rollout    Rollout          B rows in P groups, numbered 0 .. P-1
+    rollout    Rollout          B rows in P groups, numbered 0 .. P-1; those of branches have what their response has
     problems   [P]              the problem of each group
     reward     fp32 [B]         what the algorithm trains on: the task's, until `Algo.judge` says otherwise
     correct    bool [B]         the exact verdict, whatever the reward is
@@ -303,10 +361,19 @@ class Graded:
         return len(self.problems)
 
     @property
+    def main(self) -> Graded:
+        """The responses without the rows of their branches: what group means and counts are over."""
+        if self.rollout.parent is None:
+            return self
+        rows = self.rollout.main_rows
+        return self._select(rows, self.rollout.main, self.problems)
+
+    @property
     def accuracy(self) -> Tensor:
         """fp32 [P]: the share of right answers of each group."""
-        total = self.reward.new_zeros(self.groups).index_add_(0, self.rollout.group, self.correct.float())
-        return total / self.rollout.group_offsets.diff()
+        rows = self.rollout.main_rows
+        group, right = self.rollout.group[rows], self.correct[rows].float()
+        return right.new_zeros(self.groups).index_add_(0, group, right) / torch.bincount(group)
 
     @property
     def equal(self) -> Tensor:
@@ -323,16 +390,15 @@ class Graded:
         rollout = self.rollout.select(rows)
         size = bounds.diff()[chosen]
         number = torch.repeat_interleave(torch.arange(chosen.numel(), device=rollout.device), size)
+        return self._select(rows, replace(rollout, group=number), [self.problems[i] for i in chosen.tolist()])
+
+    def _select(self, rows: Tensor, rollout: Rollout, problems: Sequence[Problem]) -> Graded:
+        """What is said of these rows; rollout: their tokens."""
         index, _ = _gather_index(self.rollout.offsets, rows)
         return Graded(
-            replace(rollout, group=number),
-            [self.problems[i] for i in chosen.tolist()],
-            self.reward[rows],
-            self.correct[rows],
-            [self.grades[i] for i in rows.tolist()],
-            [self.texts[i] for i in rows.tolist()],
-            {name: values[index] for name, values in self.extra.items()},
-        )
+            rollout, problems, self.reward[rows], self.correct[rows], [self.grades[i] for i in rows.tolist()],
+            [self.texts[i] for i in rows.tolist()], {name: values[index] for name, values in self.extra.items()},
+        )  # fmt: skip
 
     @staticmethod
     def concat(parts: Sequence[Graded]) -> Graded:
@@ -360,7 +426,7 @@ class Batch:
     """A rollout with its rewards and the terms of its loss.
 
     rollout    Rollout     B rows, T tokens
-    reward     fp32 [B]    the task's reward of each row
+    reward     fp32 [B]    the task's reward of each row's response
     correct    bool [B]    whether the row's answer is right
     advantage  fp32 [T]    the factor of the policy gradient at each sampled token; 0 elsewhere
     weight     fp32 [T]    the share of each token in the loss (the normaliser); 0 where not trained

@@ -244,12 +244,12 @@ def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
     for key in values:
         if key not in known_names:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
-    _check_together(algo, train, {k for k, source in sources.items() if not source.startswith(("preset", "default"))})
-    algo.check(train, own)
+    given = {k for k, source in sources.items() if not source.startswith(("preset", "default"))}
+    _check_together(algo, train, own, given)
     return Run(algo, train, own, options)
 
 
-def _check_together(algo: Algo, train: TrainConfig, given: set[str]) -> None:
+def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -> None:
     """What no single option can check. given: names that a person wrote."""
     if train.prompts_per_step % train.minibatches:
         raise UserError(
@@ -281,6 +281,7 @@ def _check_together(algo: Algo, train: TrainConfig, given: set[str]) -> None:
     for name, (other, on) in needs.items():
         if name in given and not on and getattr(train, name) != _default(name):
             raise UserError(f"{flag(name)} has no effect with {flag(other)} {getattr(train, other)}; set that too")
+    algo.check(train, own)
 
 
 def _add_stages(run: Run, tables: Any, layers: Sequence[Layer], last: Layer, source: str) -> Run:

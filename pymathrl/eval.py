@@ -94,6 +94,7 @@ def evaluate(
     drawn = rollout(Prompts(chosen, ids), draws) if rollout is not None else engine.generate(
         ids, samples, max_new_tokens, seed=draws.seed, uids=draws.uids(chosen), **draws.sampling, on_progress=progress
     )  # fmt: skip
+    drawn = drawn.main
     verdicts = verify(drawn, chosen, task, policy.tokenizer)
     groups = [slice(i * samples, (i + 1) * samples) for i in range(len(kept))]
     stop, length = [STOP_NAMES[s] for s in drawn.stop.tolist()], drawn.response_lengths.tolist()

@@ -474,6 +474,8 @@ def _gib(count: float) -> str:
 
 def rollout_metrics(graded: Graded) -> dict[str, Any]:
     """What the rollouts say, before any update."""
+    entropy = float(graded.rollout.entropy[graded.rollout.sampled_mask].mean())
+    graded = graded.main
     rollout, rewards = graded.rollout, graded.reward.double()
     lengths, bounds = rollout.response_lengths, rollout.group_offsets.tolist()
     groups = [rewards[a:b] for a, b in pairwise(bounds)]
@@ -483,7 +485,7 @@ def rollout_metrics(graded: Graded) -> dict[str, Any]:
         "reward_std": sum(spread) / len(spread),
         "accuracy": float(graded.correct.float().mean()),
         "frac_reward_zero_std": float(graded.equal.float().mean()),
-        "entropy": float(rollout.entropy[rollout.sampled_mask].mean()),
+        "entropy": entropy,
         "completions/min_length": int(lengths.min()),
         "completions/max_length": int(lengths.max()),
         **completion_stats(lengths.tolist(), (rollout.stop == STOP_LENGTH).tolist()),

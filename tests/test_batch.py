@@ -141,8 +141,37 @@ def test_keep_support() -> None:
     assert logits.tolist() == [[-inf, -inf, -inf, -inf, 4], [5, -inf, -inf, 8, -inf], [10, 11, 12, 13, 14]]
 
 
+# Rows 0 and 3 are responses, 1 and 2 the first one's branches; the second stands alone.
+BRANCHED = replace(
+    make_rollout([(2, 5), (2, 3), (2, 4), (1, 3)], group=[0, 0, 0, 1]),
+    parent=torch.tensor([0, 0, 0, 3]), stop=torch.tensor([0, 0, 0, 1], dtype=torch.int8),
+)  # fmt: skip
+
+
+def test_branch_rows_belong_to_the_response_before_them() -> None:
+    r = BRANCHED
+    r.validate()
+    assert r.main_rows.tolist() == [0, 3] and r.response_of_row.tolist() == [0, 0, 0, 1]
+    assert r.response_offsets.tolist() == [0, 18, 22] and SMALL.response_offsets.tolist() == SMALL.offsets.tolist()
+    assert r.main.lengths.tolist() == [7, 4] and r.main.parent is None and SMALL.main is SMALL
+    part = r.select([3, 0, 2])
+    part.validate()
+    assert part.parent is not None and part.parent.tolist() == [0, 1, 1]
+    both = Rollout.concat([SMALL, r, part])
+    both.validate()
+    assert both.parent is not None and both.parent.tolist() == [0, 1, 2, 3, 3, 3, 6, 7, 8, 8]
+    for rows in ([1], [0, 3, 1], [3, 2]):
+        with pytest.raises(ValueError, match="behind the main row"):
+            r.select(rows)
+    for parent in ([0, 0, 1, 3], [1, 1, 1, 3], [0, 0, 0, 0]):
+        with pytest.raises(ValueError, match="parent"):
+            replace(r, parent=torch.tensor(parent)).validate()
+    with pytest.raises(ValueError, match="group and stop"):
+        replace(r, stop=torch.tensor([0, 1, 0, 1], dtype=torch.int8)).validate()
+
+
 def test_to_keeps_every_field() -> None:
-    moved = make_batch(FILTERED).to("meta")
+    moved = make_batch(replace(FILTERED, parent=torch.arange(3))).to("meta")
     assert all(getattr(moved.rollout, f.name).device.type == "meta" for f in fields(Rollout))
     assert moved.reward.device.type == moved.coef.device.type == "meta"
     assert torch.equal(make_batch(SMALL).cpu().rollout.ids, SMALL.ids)

@@ -1,6 +1,24 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import acre, cispo, dapo, dr_grpo, grpo, gspo, guide, rloo, rlp, rover, thr, vogue
+from pymathrl.algos import (
+    acereason,
+    acre,
+    campo,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    guide,
+    parallel_r1,
+    retool,
+    rloo,
+    rlp,
+    rover,
+    tapo,
+    thr,
+    vogue,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -11,6 +29,11 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "campo": campo.ALGO,
+    "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
+    "parallel_r1": parallel_r1.ALGO,
     "thr": thr.ALGO,
     "guide": guide.ALGO,
     "vogue": vogue.ALGO,

@@ -16,7 +16,6 @@ from torch import Tensor
 from pymathrl.batch import Batch, Graded, Rollout
 
 if TYPE_CHECKING:
-    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
     from pymathrl.prompt import Prompts
     from pymathrl.rollout.draws import Draws
@@ -48,7 +47,7 @@ class Memory(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def _check(train: TrainConfig, own: Any) -> None:
+def _check(train: Any, own: Any) -> None:
     pass
 
 
@@ -91,7 +90,7 @@ class Algo:
 
     defaults: options of every run that have another default here (the command line and a file still win).
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
-    check(train, own): UserError for options that do not fit together [any do].
+    check(train options, own config): raises UserError for options that do not go together [anything goes].
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
 
     In the order of a step:
@@ -119,7 +118,7 @@ class Algo:
     loss: Callable[[Any], LossSpec]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     min_samples: int = 2
-    check: Callable[[TrainConfig, Any], None] = _check
+    check: Callable[[Any, Any], None] = _check
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
     draw: Callable[[Context, int], Prompts] = _draw

@@ -263,15 +263,18 @@ class Engine:
         return self._hand_out(self._new(prompts, self._uids(len(prompts), uids)))
 
     @_outside_autograd
-    def fork(self, seq: int, n: int, uids: Sequence[int] | None = None) -> list[int]:
-        """n copies of a sequence, which goes on too. They share its pages until one of them writes."""
+    def fork(self, seq: int | Sequence[int], n: int, uids: Sequence[int] | None = None) -> list[int]:
+        """n copies of a sequence, or of each of several, one sequence's after the other's. It goes on too; they share
+        its pages until one of them writes."""
         if n < 1:
             raise ValueError(f"fork: n must be >= 1, got {n}")
-        slot = self._check([seq]).repeat(n)
-        self._make_room(slot[:1], -1)
-        self._feed(slot[:1])
-        copies = self._copy(slot, self._uids(n, uids))
-        self._pages.share(slot, copies)
+        slots = self._check([seq] if isinstance(seq, int) else seq)
+        for start in range(0, slots.numel(), self.max_batch):  # what finds no room is fed before its next draw
+            part = slots[start : start + self.max_batch]
+            self._feed(part[: self._make_room(part, -1)])
+        source = slots.repeat_interleave(n)
+        copies = self._copy(source, self._uids(source.numel(), uids))
+        self._pages.share(source, copies)
         return self._hand_out(copies)
 
     @_outside_autograd
@@ -324,8 +327,9 @@ class Engine:
     def segment(
         self,
         seqs: Sequence[int],
-        max_new_tokens: int,
+        max_new_tokens: int | Sequence[int],
         *,
+        seed: int | None = None,
         stop_ids: Sequence[int] | None = None,
         stop_strings: Sequence[str] = (),
         keep_stop: bool = True,
@@ -339,21 +343,25 @@ class Engine:
         """Draws for each sequence until it stops, and says why: "eos", "string", "length" or "deadline". All stay live
         and can go on.
 
-        max_new_tokens, stop_ids, stop_strings, hook: as in `generate`. keep_stop False: a stop token, or the tokens
-        from the one on that begins the stop string, are taken back. deadline_s: seconds from now.
+        max_new_tokens: one for all, or one per sequence. seed, stop_ids, stop_strings, hook: as in `generate`.
+        keep_stop False: a stop token, or the tokens from the one on that begins the stop string, are taken back.
+        deadline_s: seconds from now.
         """
         slots = self._check(seqs)
-        if max_new_tokens < 1:
-            raise ValueError(f"segment: max_new_tokens must be >= 1, got {max_new_tokens}")
-        self._check_length(int(self._length[slots].max()), max_new_tokens)
+        limits = [max_new_tokens] * len(seqs) if isinstance(max_new_tokens, int) else list(max_new_tokens)
+        if len(limits) != len(seqs) or min(limits) < 1:
+            raise ValueError(f"segment: max_new_tokens must be >= 1, one or {len(seqs)} of them, got {max_new_tokens}")
+        most = torch.tensor(limits)
+        longest = int((self._length[slots] + most).argmax())
+        self._check_length(int(self._length[slots[longest]]), limits[longest])
         ends = replace(
             _Ends.of(self.policy, stop_ids, stop_strings), keep=keep_stop,
             deadline=None if deadline_s is None else time.monotonic() + deadline_s,
         )  # fmt: skip
         self._stop[slots] = STOP_NONE
         self._run(
-            slots, self._length[slots] + max_new_tokens, ends, Sampling(temperature, top_k, top_p, min_p),
-            self.seed, keep_pages=True, hook=hook,
+            slots, self._length[slots] + most, ends, Sampling(temperature, top_k, top_p, min_p),
+            self.seed if seed is None else seed, keep_pages=True, hook=hook,
         )  # fmt: skip
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
 
@@ -380,6 +388,10 @@ class Engine:
         """Ends sequences: their handles mean nothing any more."""
         if seqs:
             self._release(self._check(seqs))
+
+    def lengths(self, seqs: Sequence[int]) -> list[int]:
+        """The tokens that each sequence has, prompt included."""
+        return self._length[self._check(seqs)].tolist()
 
     def tokens(self, seq: int) -> list[int]:
         """The token ids of a sequence, prompt included."""

@@ -24,7 +24,10 @@ class Verdicts:
 
 
 def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer: Tokenizer) -> Verdicts:
-    """Grades every row; `problems` [P] in group order. Equal responses to one problem are graded once."""
+    """Grades every response; `problems` [P] in group order; a branch row gets what its response gets. Equal responses
+    to one problem are graded once."""
+    rows = rollout.response_of_row
+    rollout = rollout.main
     ids, offsets = rollout.ids.tolist(), rollout.offsets.tolist()
     prompt_len, groups = rollout.prompt_len.tolist(), rollout.group.tolist()
     texts = tokenizer.decode_batch(
@@ -37,6 +40,7 @@ def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer:
         if key not in seen:
             seen[key] = task.grade(problems[group], text)
         grades.append(seen[key])
+    grades, texts = [grades[i] for i in rows.tolist()], [texts[i] for i in rows.tolist()]
     reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
     correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
     return Verdicts(reward, correct, grades, texts)
