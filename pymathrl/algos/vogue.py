@@ -102,9 +102,9 @@ def _side_by_side(a: Iterator[Scored], b: Iterator[Scored]) -> Iterator[tuple[Sc
     left, right = next(a, None), next(b, None)
     while left is not None and right is not None:
         n = min(left.at.numel(), right.at.numel())
-        yield left._make(x[:n] for x in left), right._make(x[:n] for x in right)
-        left = left._make(x[n:] for x in left) if left.at.numel() > n else next(a, None)
-        right = right._make(x[n:] for x in right) if right.at.numel() > n else next(b, None)
+        yield type(left)(*(x[:n] for x in left)), type(right)(*(x[:n] for x in right))
+        left = type(left)(*(x[n:] for x in left)) if left.at.numel() > n else next(a, None)
+        right = type(right)(*(x[n:] for x in right)) if right.at.numel() > n else next(b, None)
 
 
 def reworded(ctx: Context, rollout: Rollout, problems: Sequence[Problem]) -> tuple[Tensor, list[list[int]]]:
