@@ -17,9 +17,17 @@ token, is closed by force before it is scored: no loss on that. No next-token lo
 Texts: --text FILE, a JSONL file with a field "text" per row, or any other file, whose texts stand between blank lines;
 without it the task's questions with their worked solutions. Evaluations are those of the task either way.
 
-Not found: the clip range, how places in a text are chosen (here: uniformly; in a task's text only behind the question),
-and how x_t is joined to the thought beyond a figure (here: directly behind the closing tag). Paper: 16 thoughts of at
-most 2048 tokens at temperature 0.7, 512 prefixes per step, lr 1e-6.
+    --rlp-place uniform   anywhere in a text; in a task's text behind the question
+                answer    of a task's text, without its worked steps, between question and answer: the thought is to
+                          find the steps
+                auto      uniform; answer for the built-in model on a task, which after a thought can write nothing else
+
+Of more than one predicted token (--rlp-horizon) r is the mean. Not found: the clip range, how places in a text are
+chosen, and how x_t is joined to the thought beyond a figure (here: directly behind the closing tag). Paper: 16 thoughts
+of at most 2048 tokens at temperature 0.7, 512 prefixes per step, lr 1e-6.
+
+Tried: --rlp-place uniform with the built-in model, 5 steps: r stays at -17 nats, for it knows no text behind a thought
+but an answer.
 """
 
 from __future__ import annotations
@@ -39,7 +47,7 @@ from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_NONE, STOP_STRING, Ba
 from pymathrl.errors import UserError
 from pymathrl.models import Policy
 from pymathrl.ops.token_logprob import token_logprob
-from pymathrl.options import option, positive
+from pymathrl.options import at_least, option, positive
 from pymathrl.prompt import Prompts
 from pymathrl.tasks import Grade, Problem
 from pymathrl.tasks.answer_tag import END_OF_THOUGHT
@@ -52,11 +60,14 @@ if TYPE_CHECKING:
     from pymathrl.rollout import Draws
 
 THOUGHT = "<think>"
+MAX_ANSWER = 256  # tokens of an answer that are predicted, at most
 
 
 @dataclass(frozen=True)
 class Config:
     text: str | None = option(None, "file of texts, see above [the task's questions with worked solutions]")
+    rlp_place: str = option("auto", "where a thought stands, see the table", choices=("auto", "uniform", "answer"))
+    rlp_horizon: int = at_least(0, 0, "tokens predicted at a place (paper: 1); 0 = 1, of an answer all")
     rlp_positions: int = positive(1, "places drawn per text and epoch (not found: ours)")
     rlp_from: int = positive(1, "tokens of a text before its first place (not found: ours)")
     rlp_average: float = option(0.999, "tau, the share of the teacher that stays per optimizer step (paper: 0.999)",
@@ -96,6 +107,13 @@ class Teacher:
         self.average = {name: value.clone() for name, value in state["average"].items()}
 
 
+def place_of(ctx: Context) -> str:
+    """--rlp-place without auto."""
+    if ctx.own.rlp_place != "auto":
+        return ctx.own.rlp_place
+    return "answer" if ctx.own.text is None and ctx.policy.prompt_style == "compact" else "uniform"
+
+
 def text_of(ctx: Context, index: int) -> tuple[list[int], int]:
     """(token ids of text `index` of the stream, tokens before its first place)."""
     seed, own, texts = ctx.train.seed, ctx.own, ctx.memory.texts
@@ -105,20 +123,17 @@ def text_of(ctx: Context, index: int) -> tuple[list[int], int]:
     problem = ctx.task.train(index, seed)
     solution = ctx.task.solution(problem, random.Random(f"rlp {seed} {index}"))
     steps, _, answer = solution.partition(END_OF_THOUGHT)
-    steps = problem.meta.get("worked", steps)
+    steps = "" if place_of(ctx) == "answer" else problem.meta.get("worked", steps)
     question = ctx.tokens(problem.question + "\n")
     return [*question, *ctx.tokens(f"{steps}\n{answer}" if steps else answer)], max(own.rlp_from, len(question))
 
 
 def draw(ctx: Context, count: int) -> Prompts:
-    """The next `count` places, each a problem whose meta holds "next", the id of x_t, and "prefix", the ids of x_<t. Of
-    a long prefix the end is kept."""
-    opening, closing = ctx.tokens(THOUGHT), ctx.tokens(END_OF_THOUGHT)
-    room = ctx.train.max_prompt_tokens - len(opening) - len(closing) - 1
-    if room < 1:
-        raise UserError(
-            f"--max-prompt-tokens {ctx.train.max_prompt_tokens}: too few for a prefix and the tags; raise it"
-        )
+    """The next `count` places, each a problem whose meta holds "next", the ids from x_t on that are predicted, and
+    "prefix", the ids of x_<t. Of a long prefix the end is kept."""
+    tags = len(ctx.tokens(THOUGHT + END_OF_THOUGHT))
+    at_answer = place_of(ctx) == "answer"
+    horizon = ctx.own.rlp_horizon or (MAX_ANSWER if at_answer else 1)
     problems: list[Problem] = []
     missed = 0
     while len(problems) < count:
@@ -129,11 +144,19 @@ def draw(ctx: Context, count: int) -> Prompts:
             if missed > 1000 + 10 * count:
                 raise UserError(f"--rlp-from {ctx.own.rlp_from}: no text is longer than that many tokens; lower it")
             continue
-        at = random.Random(f"rlp place {ctx.train.seed} {index}").randrange(first, len(ids))
+        rng = random.Random(f"rlp place {ctx.train.seed} {index}")
+        at = first if at_answer else rng.randrange(first, len(ids))
+        following = ids[at : at + horizon]
+        room = ctx.train.max_prompt_tokens - tags - len(following)
+        if room < 1:
+            raise UserError(
+                f"--max-prompt-tokens {ctx.train.max_prompt_tokens}: no room for a prefix beside the tags and "
+                f"{len(following)} predicted tokens; raise it"
+            )
         prefix = ids[max(0, at - room) : at]
         show = ctx.policy.tokenizer.decode
-        problems.append(Problem(index, show(prefix), show(ids[at : at + 1]), {"next": ids[at], "prefix": prefix}))
-    return Prompts(problems, [[*p.meta["prefix"], *opening] for p in problems], ctx.at.cursor)
+        problems.append(Problem(index, show(prefix), show(following), {"next": following, "prefix": prefix}))
+    return Prompts(problems, [[*p.meta["prefix"], *ctx.tokens(THOUGHT)] for p in problems], ctx.at.cursor)
 
 
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
@@ -143,19 +166,26 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     return ctx.generate(prompts, draws, stop_strings=(END_OF_THOUGHT,))
 
 
-def score_next(ctx: Context, policy: Policy, contexts: Sequence[Sequence[int]], following: Sequence[int]) -> Tensor:
-    """fp32 [n], nats: log policy(following[i] | contexts[i]) at temperature 1."""
+def score_next(
+    ctx: Context, policy: Policy, contexts: Sequence[Sequence[int]], following: Sequence[Sequence[int]]
+) -> Tensor:
+    """fp32 [n], nats: the mean log-prob, at temperature 1, of the tokens following[i] behind contexts[i]."""
     device = ctx.policy.device
-    ids = torch.tensor([i for c, y in zip(contexts, following, strict=True) for i in (*c, y)], device=device)
+    ids = torch.tensor([i for c, y in zip(contexts, following, strict=True) for i in (*c, *y)], device=device)
     size = torch.tensor([len(c) for c in contexts], device=device)
-    offsets = torch.cat([size.new_zeros(1), (size + 1).cumsum(0)])
-    role = torch.full_like(ids, ROLE_PROMPT, dtype=torch.int8)
-    role[offsets[1:] - 1] = ROLE_SAMPLED
-    nothing, rows = torch.zeros(ids.numel(), device=device), torch.arange(size.numel(), device=device)
+    count = torch.tensor([len(y) for y in following], device=device)
+    offsets = torch.cat([size.new_zeros(1), (size + count).cumsum(0)])
+    rows = torch.arange(size.numel(), device=device)
+    row = torch.repeat_interleave(rows, size + count)
+    inside = torch.arange(ids.numel(), device=device) < (offsets[:-1] + size)[row]
+    role = torch.where(inside, ROLE_PROMPT, ROLE_SAMPLED).to(torch.int8)
+    nothing = torch.zeros(ids.numel(), device=device)
     stop = torch.full_like(rows, STOP_NONE, dtype=torch.int8)
-    question = Rollout(ids, role, nothing, nothing, nothing, offsets, size, rows, rows, stop)
-    logp = [token_logprob(part.logits, ids[part.at]).logp for part in ctx.walk(question, policy)]
-    return torch.cat(logp)
+    asked = Rollout(ids, role, nothing, nothing, nothing, offsets, size, rows, rows, stop)
+    logp = nothing.clone()
+    for part in ctx.walk(asked, policy):
+        logp[part.at] = token_logprob(part.logits, ids[part.at]).logp
+    return asked.row_sums(logp) / count
 
 
 def verify(ctx: Context, thoughts: Rollout, prompts: Prompts) -> Graded:

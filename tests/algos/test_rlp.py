@@ -29,8 +29,9 @@ def drawn(ctx):
 
 
 def logp_of(policy, weights, ids, following):
-    hidden = plain_hidden(policy.config, weights, torch.tensor(ids))
-    return float(torch.log_softmax(hidden[-1] @ weights["head"].T, -1)[following])
+    hidden = plain_hidden(policy.config, weights, torch.tensor([*ids, *following[:-1]]))[len(ids) - 1 :]
+    logp = torch.log_softmax(hidden @ weights["head"].T, -1)
+    return float(logp.gather(1, torch.tensor(following)[:, None]).mean())
 
 
 def test_advantages_are_leave_one_out_without_std():
@@ -63,15 +64,17 @@ def test_teacher_is_an_average_that_follows_slowly():
     assert all(torch.equal(other.policy(ctx).model.get_parameter(n), p) for n, p in again.model.named_parameters())
 
 
-def test_reward_is_what_the_thought_tells_of_the_next_token():
+@pytest.mark.parametrize("place", ["uniform", "answer"])
+def test_reward_is_what_the_thought_tells_of_the_next_token(place):
     """Against the plain model: closing tag behind a thought cut short, none twice, temperature 1, teacher without
     tags."""
     policy = tiny_policy(seed=3)
     move(policy, 0.2)
-    ctx = rlp_context("--temperature", "0.6", "--max-new-tokens", "12", policy=policy)
+    ctx = rlp_context("--temperature", "0.6", "--max-new-tokens", "12", "--rlp-place", place, policy=policy)
     teacher = ctx.memory.policy(ctx)
     move(policy, 0.1, seed=1)  # the policy has left its teacher
     prompts, thoughts = drawn(ctx)
+    assert all((len(p.meta["next"]) == 1) == (place == "uniform") for p in prompts.problems)
     open_id, close_id = policy.tokenizer.encode("<think></think>")
     eos = policy.tokenizer.eos_id
     # one thought of each ending: cut off, closed by itself, ended by an end token
@@ -148,7 +151,7 @@ def test_places_in_texts(tmp_path):
         text = problem.question + problem.answer
         assert any(t.startswith(text) for t in ("1+2=3, 3+4=7", "5*5=25"))  # "9" has no place
         assert len(problem.meta["prefix"]) >= 2 and list(ids) == [*problem.meta["prefix"], *ctx.tokens("<think>")]
-        assert ctx.tokens(problem.answer) == [problem.meta["next"]]
+        assert ctx.tokens(problem.answer) == problem.meta["next"] and len(problem.meta["next"]) == 1
         seen.setdefault(problem.uid // 3, set()).add(problem.question)
     assert len({p.uid for p in prompts.problems}) == 12 and prompts.cursor == ctx.at.cursor
     assert max(len(places) for places in seen.values()) > 1  # several places of one text
@@ -161,12 +164,18 @@ def test_places_in_texts(tmp_path):
     assert all(any((p.question + p.answer) in t for t in ("1+2=3, 3+4=7", "5*5=25")) for p in ends)
 
 
-def test_texts_of_the_task_begin_with_the_question():
-    ctx = rlp_context()
+def test_texts_of_the_task():
+    uniform = rlp_context("--rlp-place", "uniform", "--rlp-horizon", "3")
+    for problem in uniform.run.algo.draw(uniform, 8).problems:
+        question, newline, rest = problem.question.partition("\n")
+        assert newline and question == uniform.task.train(problem.uid, 0).question
+        assert "<think>" not in rest and "</think>" not in rest and 1 <= len(problem.meta["next"]) <= 3
+    ctx = rlp_context()  # the built-in model's prompts: a thought between question and answer
+    assert rlp.place_of(ctx) == "answer"
     for problem in ctx.run.algo.draw(ctx, 8).problems:
-        question, _, rest = problem.question.partition("\n")
         own = ctx.task.train(problem.uid, 0)
-        assert question == own.question and "<think>" not in rest and "</think>" not in rest
+        assert problem.question == own.question + "\n" and ctx.tokens(problem.answer) == problem.meta["next"]
+        assert problem.answer.startswith("<answer>") and ctx.task.grade(own, problem.answer).correct
 
 
 def test_files_of_texts(tmp_path):
