@@ -4,6 +4,7 @@ import json
 import shutil
 import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,3 +150,9 @@ def test_moments_go_on_or_begin_anew(tmp_path):
         assert bool(optimizer.adamw.state) == kept and optimizer.updates == 0
         assert [g["weight_decay"] for g in optimizer.adamw.param_groups] == [0.3, 0.0]
         assert optimizer.step().learning_rate == 5e-4
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[1] / "schedules").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_schedules_of_the_repository_are_understood(path):
+    run = parse_train(["--config", str(path)])
+    assert len(run.stages) >= 2 and run.steps <= 60
