@@ -106,10 +106,18 @@ def plain_rows(policy: Any, weights: dict[str, torch.Tensor], batch: Batch, temp
         begin, end = rollout.offsets[number : number + 2].tolist()
         ids = rollout.ids[begin:end]
         at = begin + (rollout.role[begin:end] == ROLE_SAMPLED).nonzero()[:, 0]
-        hidden = plain_hidden(policy.config, weights, ids[:-1])
-        own = torch.log_softmax(hidden @ weights["head"].T / temperature, -1)[at - begin - 1]
+        made = rollout.soft_of(torch.arange(begin, end - 1))
+        fed = None if made is None else (made[0].nonzero()[:, 0], made[1])
+        logits = plain_hidden(policy.config, weights, ids[:-1], fed) @ weights.get("head", weights["embed"]).T
+        logits = logits[at - begin - 1]
+        own = torch.log_softmax(logits / temperature, -1)
+        logp, made, how = own.gather(1, rollout.ids[at, None])[:, 0], rollout.soft_of(at), rollout.soft_sampling
+        if made is not None and how is not None:  # a soft token: the density of its vector
+            mean = torch.softmax(logits[made[0]] / how.temperature, -1) @ weights["embed"]
+            distance = (made[1].double() - mean).square().sum(-1)
+            logp = logp.index_put((made[0].nonzero()[:, 0],), -distance / (2 * how.sigma**2))
         rows.append(Row(
-            own, own.gather(1, rollout.ids[at, None])[:, 0], rollout.logp[at].double(),
+            own, logp, rollout.logp[at].double(),
             rollout.mean_logp[at].double(), batch.advantage[at].double(), batch.coef[at].double(),
             {name: values[at].double() for name, values in batch.extra.items()},
         ))  # fmt: skip
