@@ -19,9 +19,10 @@ from pymathrl.config import Run, TrainConfig
 from pymathrl.errors import UserError
 from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
-from pymathrl.prompt import Prompts, draw, encode
+from pymathrl.prompt import Prompts, draw, encode, encode_prompt
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
 from pymathrl.tasks import Problem, Task
+from pymathrl.tasks.prompt_style import noted
 from pymathrl.verify import verify
 
 
@@ -94,8 +95,10 @@ class Context:
         self.at.cursor = prompts.cursor
         return prompts
 
-    def encode(self, problem: Problem) -> list[int]:
-        """The prompt of a problem as token ids."""
+    def encode(self, problem: Problem, note: str = "") -> list[int]:
+        """The prompt of a problem as token ids, with a line of text below the question where one is given."""
+        if note:
+            return encode_prompt(self.policy, noted(self.task, problem, self.policy.prompt_style, note))
         return encode(self.policy, self.task, problem)
 
     def tokens(self, text: str) -> list[int]:

@@ -271,7 +271,7 @@ class Session:
                     extra = {"behaviour_logp": rollout.logp}
                     rollout = replace(rollout, logp=scores.logp, mean_logp=scores.mean_logp, entropy=scores.entropy)
             with timer("verify"):
-                graded = algo.judge(ctx, replace(ctx.verify(rollout, prompts.problems), extra=extra))
+                graded = algo.judge(ctx, replace(algo.verify(ctx, rollout, prompts), extra=extra))
             kept = self.filter.take(kept, graded)
         ctx.metrics["prompts/too_long"] = too_long
         return self.filter.finish(kept)

@@ -2,6 +2,7 @@
 
 from pymathrl.algos import (
     acereason,
+    acre,
     campo,
     cispo,
     cure,
@@ -9,6 +10,7 @@ from pymathrl.algos import (
     dr_grpo,
     grpo,
     gspo,
+    guide,
     hapo,
     lp_reg,
     mgpo,
@@ -17,11 +19,14 @@ from pymathrl.algos import (
     reinforce_pp,
     retool,
     rloo,
+    rlp,
     rover,
     satori,
     soft_tokens,
     spo,
     tapo,
+    thr,
+    vogue,
 )
 from pymathrl.algos.algo import Algo, LossSpec
 
@@ -39,14 +44,19 @@ REGISTRY: dict[str, Algo] = {
     "soft_tokens": soft_tokens.ALGO,
     "lp_reg": lp_reg.ALGO,
     "cure": cure.ALGO,
+    "guide": guide.ALGO,
     "hapo": hapo.ALGO,
+    "thr": thr.ALGO,
     "campo": campo.ALGO,
     "mgpo": mgpo.ALGO,
     "acereason": acereason.ALGO,
+    "rlp": rlp.ALGO,
     "retool": retool.ALGO,
     "tapo": tapo.ALGO,
     "parallel_r1": parallel_r1.ALGO,
     "satori": satori.ALGO,
+    "vogue": vogue.ALGO,
+    "acre": acre.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

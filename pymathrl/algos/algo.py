@@ -59,6 +59,10 @@ def _rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     return ctx.generate(prompts, draws)
 
 
+def _verify(ctx: Context, rollout: Rollout, prompts: Prompts) -> Graded:
+    return ctx.verify(rollout, prompts.problems)
+
+
 def _judge(ctx: Context, graded: Graded) -> Graded:
     return graded
 
@@ -95,6 +99,8 @@ class Algo:
     rollout(ctx, prompts, draws) -> Rollout: responses, `draws.samples` per prompt or another number, rows of a prompt
         together, group = its number [ctx.generate]. tools: evaluations use it too, for what it writes is not what the
         policy alone would [they sample plainly].
+    verify(ctx, rollout, prompts) -> Graded: the verdict on each row, where it is no answer to a problem of the task
+        [the task's].
     judge(ctx, graded) -> Graded: rewards of its own, second passes over the rows, other rows in their place [as
         graded]. --filter looks at groups after this.
     advantage, as above.
@@ -119,6 +125,7 @@ class Algo:
     trained_beside: int = 0
     draw: Callable[[Context, int], Prompts] = _draw
     rollout: Callable[[Context, Prompts, Draws], Rollout] = _rollout
+    verify: Callable[[Context, Rollout, Prompts], Graded] = _verify
     judge: Callable[[Context, Graded], Graded] = _judge
     shape: Callable[[Context, Graded, Batch], Batch] = _shape
     terms: Callable[[Context, Batch], Mapping[str, Tensor]] | None = None
