@@ -19,6 +19,7 @@ from pymathrl.learner import Learner
 from pymathrl.models import Policy, load
 from pymathrl.prompt import Prompts, draw, encode
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
+from pymathrl.rollout.draws import SAMPLE_BITS
 from pymathrl.tasks import Problem, Task
 from pymathrl.verify import verify
 
@@ -92,6 +93,10 @@ class Context:
         self.at.cursor = prompts.cursor
         return prompts
 
+    def problem_of(self, uid: int) -> Problem:
+        """The problem that a sample of training with this identity answers, see `Draws.uids`."""
+        return self.task.train(uid >> SAMPLE_BITS, self.train.seed)
+
     def encode(self, problem: Problem) -> list[int]:
         """The prompt of a problem as token ids."""
         return encode(self.policy, self.task, problem)
@@ -146,7 +151,7 @@ class Context:
                 )
         return self._reference
 
-    def new_learner(self, policy: Policy, updates: int) -> Learner:
-        """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
-        Keep it in the memory and save its `state_dict`."""
-        return Learner(policy, self.train, updates=updates)
+    def new_learner(self, policy: Policy, updates: int, **options: Any) -> Learner:
+        """Another model to train beside the policy, under the run's options but for `options` of these; `updates`: its
+        optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return Learner(policy, replace(self.train, **options), updates=updates)

@@ -1,6 +1,6 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover
+from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover, tango
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -12,6 +12,7 @@ REGISTRY: dict[str, Algo] = {
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
     "parallel_r1": parallel_r1.ALGO,
+    "tango": tango.ALGO,
 }
 
 __all__ = ["REGISTRY", "Algo", "LossSpec"]

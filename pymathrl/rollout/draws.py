@@ -11,7 +11,8 @@ import torch
 from pymathrl.errors import UserError
 from pymathrl.tasks.problem import Problem
 
-MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
+SAMPLE_BITS = 16  # of a sample's identity, which is (problem uid, these bits)
+MAX_SAMPLES = 1 << SAMPLE_BITS
 
 
 @dataclass(frozen=True)
@@ -45,4 +46,4 @@ def sample_uids(problems: Sequence[Problem], samples: int, first: int = 0) -> to
     if first + samples > MAX_SAMPLES:
         raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {first + samples}")
     problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
-    return ((problem << 16)[:, None] + torch.arange(first, first + samples)).flatten()
+    return ((problem << SAMPLE_BITS)[:, None] + torch.arange(first, first + samples)).flatten()
