@@ -59,7 +59,7 @@ SIGNS = "+-"  # verdicts of the built-in model
 LEAST = 1e-30  # a share of the top probability that only a token which was ruled out lies below
 TAGGED = re.compile(r"<step>.*?</step>", re.DOTALL)
 LINES = re.compile(r"[^\n]*\S[^\n]*")
-PIECES = re.compile(r"[^,\n<]+(?:,|\n|</think>|$)")
+PIECES = re.compile(r"[^,\n]+[,\n]?")
 REQUEST = """Check this solution step by step.
 
 Problem: {problem}
@@ -146,13 +146,14 @@ def step_ends(tokenizer: Tokenizer, ids: Sequence[int], compact: bool) -> list[i
     text = tokenizer.decode(ids)
     thought, mark, _ = text.partition("</think>")
     if compact:
-        found = list(PIECES.finditer(thought + mark))
+        ends = [m.end() for m in PIECES.finditer(thought)]
+        if ends:  # </think> is to the last piece what the comma is to the others
+            ends[-1] += len(mark)
     else:
         lines = [m for m in LINES.finditer(thought) if m.group().strip() != "<think>"]
-        found = list(TAGGED.finditer(text)) or lines
+        ends = [m.end() for m in list(TAGGED.finditer(text)) or lines]
     known = lambda count: len(tokenizer.decode(ids[:count]))
-    at = [bisect_left(range(len(ids) + 1), m.end(), key=known) - 1 for m in found]
-    return list(dict.fromkeys(at))
+    return list(dict.fromkeys(bisect_left(range(len(ids) + 1), end, key=known) - 1 for end in ends))
 
 
 def read_verdict(text: str, steps: int, compact: bool) -> Verdict:
