@@ -45,18 +45,15 @@ from tokenizers import Tokenizer as Backend
 
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
-from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_LENGTH, Rollout
-from pymathrl.config import TrainConfig
-from pymathrl.eval import sample_uids
+from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_LENGTH, Graded, Rollout
+from pymathrl.config import Run, TrainConfig
+from pymathrl.context import Context, Position
+from pymathrl.learner import Learner
 from pymathrl.log import StageTimer
 from pymathrl.loss import minibatch_loss
 from pymathrl.models import Policy, load
 from pymathrl.models.config import tensor_specs
-from pymathrl.optim import Optimizer
-from pymathrl.prompt import draw
-from pymathrl.rollout import Engine
 from pymathrl.tasks import Grade, Problem
-from pymathrl.verify import verify
 
 TOLERANCE = 1e-5  # relative, of loss, advantages and gradients between the two
 PROMPT_TOKENS = 4  # "x+y="
@@ -135,41 +132,37 @@ class Ours:
     """The six stages of `pymathrl.train` on one policy, without its log and files."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        self.case, self.task, self.cursor = case, Sums(), 0
-        policy = load(folder)
-        self.policy: Policy = replace(policy, eos_ids=(case.vocab,))  # an id that no row of the head can draw
-        self.engine = Engine(self.policy, 0)
-        self.algo = REGISTRY["grpo"]
-        self.own = self.algo.config(adv_eps=1e-4)  # TRL's epsilon
-        self.spec = replace(self.algo.loss(self.own), idle_when_zero=False)
+        self.case = case
+        policy = replace(load(folder), eos_ids=(case.vocab,))  # an id that no row of the head can draw
+        algo = REGISTRY["grpo"]
+        config = TrainConfig(
+            prompts_per_step=case.batch // GROUP, samples_per_prompt=GROUP, max_new_tokens=case.new,
+            max_prompt_tokens=16, minibatches=1, tokens_per_microbatch=TOKEN_BUDGET, lr=1e-4, weight_decay=0.0,
+            max_grad_norm=1.0,
+        )  # fmt: skip
+        run = Run(algo, config, algo.config(adv_eps=1e-4), {})  # TRL's epsilon
+        self.ctx = Context(run, Learner(policy, config, updates=1), Sums(), Position())
+        self.spec = replace(algo.loss(run.own), idle_when_zero=False)
         self.spec_idle = replace(self.spec, idle_when_zero=True)
-        config = TrainConfig(lr=1e-4, weight_decay=0.0, max_grad_norm=1.0)
-        self.optimizer = Optimizer(self.policy.model, config, 1)
         self.timer = StageTimer()
 
+    @property
+    def policy(self) -> Policy:
+        return self.ctx.policy
+
     def step(self, spec: LossSpec) -> None:
-        case, policy, timer = self.case, self.policy, self.timer
+        ctx, timer = self.ctx, self.timer
         with timer("prompt"):
-            prompts = draw(policy, self.task, cursor=self.cursor, count=case.batch // GROUP, seed=0, max_tokens=16)
-            self.cursor = prompts.cursor
+            prompts = ctx.draw(ctx.train.prompts_per_step)
         with timer("rollout"):
-            rollout = self.engine.generate(
-                prompts.ids, GROUP, case.new, uids=sample_uids(prompts.problems, GROUP), temperature=1.0
-            )
+            rollout = ctx.generate(prompts)
         with timer("verify"):
-            verdicts = verify(rollout, prompts.problems, self.task, policy.tokenizer)
+            graded = ctx.verify(rollout, prompts.problems)
         with timer("advantage"):
-            batch = advantage(rollout, verdicts.reward, verdicts.correct, self.algo, self.own).batch
-        with timer("loss"):
-            report = minibatch_loss(
-                policy.model, batch, torch.arange(rollout.rows), spec, temperature=1.0, token_budget=TOKEN_BUDGET,
-                max_new_tokens=case.new,
-            )  # fmt: skip
-            finite = math.isfinite(float(report.loss))
-        with timer("optim"):
-            self.optimizer.step(finite)
-        if rollout.response_lengths.tolist() != [case.new] * case.batch:
-            raise AssertionError(f"ours: expected {case.new} new tokens in every row")
+            batch = advantage(ctx, graded)
+        ctx.learner.update(batch, spec, timer=timer)
+        if rollout.response_lengths.tolist() != [self.case.new] * self.case.batch:
+            raise AssertionError(f"ours: expected {self.case.new} new tokens in every row")
 
 
 class Reward:
@@ -273,7 +266,10 @@ def compare(trainer: Any, reward: Reward, ours: Ours, spec: LossSpec | None = No
     loss = trainer.compute_loss(model, inputs | {"old_per_token_logps": old})
     loss.backward()
 
-    batch = advantage(packed(ids, old), rewards, rewards > 0, ours.algo, ours.own).batch
+    grades = [Grade(float(r), bool(r > 0), None, None, "by hand") for r in rewards]
+    problems = [ours.ctx.task.train(i, 0) for i in range(case.batch // GROUP)]
+    graded = Graded(packed(ids, old), problems, rewards, rewards > 0, grades, [""] * case.batch)
+    batch = advantage(ours.ctx, graded)
     report = minibatch_loss(
         ours.policy.model, batch, torch.arange(case.batch), spec, temperature=1.0, token_budget=TOKEN_BUDGET,
         max_new_tokens=case.new,

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include <functional>
+#include <tuple>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -104,8 +105,11 @@ void group_advantage(const Tensor& reward, const Tensor& offsets, const Tensor* 
 
 PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_high, float delta, float dual_clip,
                                          bool ratio_weight, float weight_low, float weight_high, bool sequence_mean,
-                                         float rho, float beta, float q_low, float q_high, float lp_reg_coef, int kl,
-                                         float kl_coef, float entropy_coef, int tis, bool tis_mask, float tis_cap) {
+                                         float rho, float beta, bool rover_response, float q_low, float q_high,
+                                         float lp_reg_coef, std::pair<float, float> tau,
+                                         std::pair<float, float> vespo_positive, std::pair<float, float> vespo_negative,
+                                         int kl, bool kl_ratio, float kl_coef, float entropy_coef, int tis,
+                                         bool tis_mask, float tis_cap, double log_tis_cap) {
   PolicyLossConfig c{};
   c.form = static_cast<Form>(form);
   c.clip_low = clip_low;
@@ -118,15 +122,21 @@ PolicyLossConfig make_policy_loss_config(int form, float clip_low, float clip_hi
   c.sequence_mean = sequence_mean;
   c.rho = rho;
   c.beta = beta;
+  c.rover_response = rover_response;
   c.q_low = q_low;
   c.q_high = q_high;
   c.lp_reg_coef = lp_reg_coef;
+  std::tie(c.tau_positive, c.tau_negative) = tau;
+  std::tie(c.k_positive, c.lambda_positive) = vespo_positive;
+  std::tie(c.k_negative, c.lambda_negative) = vespo_negative;
   c.kl = static_cast<Kl>(kl);
+  c.kl_ratio = kl_ratio;
   c.kl_coef = kl_coef;
   c.entropy_coef = entropy_coef;
   c.tis = static_cast<Level>(tis);
   c.tis_mask = tis_mask;
   c.tis_cap = tis_cap;
+  c.log_tis_cap = log_tis_cap;
   return c;
 }
 
@@ -508,9 +518,10 @@ PYBIND11_MODULE(_C, m) {
   py::class_<PolicyLossConfig>(m, "PolicyLossConfig", "The numbers of one loss; fields as in csrc/policy_loss.h.")
       .def(py::init(&make_policy_loss_config), py::kw_only(), py::arg("form"), py::arg("clip_low"),
            py::arg("clip_high"), py::arg("delta"), py::arg("dual_clip"), py::arg("ratio_weight"), py::arg("weight_low"),
-           py::arg("weight_high"), py::arg("sequence_mean"), py::arg("rho"), py::arg("beta"), py::arg("q_low"),
-           py::arg("q_high"), py::arg("lp_reg_coef"), py::arg("kl"), py::arg("kl_coef"), py::arg("entropy_coef"),
-           py::arg("tis"), py::arg("tis_mask"), py::arg("tis_cap"));
+           py::arg("weight_high"), py::arg("sequence_mean"), py::arg("rho"), py::arg("beta"), py::arg("rover_response"),
+           py::arg("q_low"), py::arg("q_high"), py::arg("lp_reg_coef"), py::arg("tau"), py::arg("vespo_positive"),
+           py::arg("vespo_negative"), py::arg("kl"), py::arg("kl_ratio"), py::arg("kl_coef"), py::arg("entropy_coef"),
+           py::arg("tis"), py::arg("tis_mask"), py::arg("tis_cap"), py::arg("log_tis_cap"));
   m.def("policy_loss_stats", &policy_loss_stats, "Names of the statistics: (sums, maxima, minima).");
   m.def("policy_loss_blocks", &policy_loss_blocks, py::arg("n"), py::arg("cuda"));
   m.def("policy_loss", &policy_loss, py::arg("config"), py::arg("logp"), py::arg("old_logp"), py::arg("advantage"),

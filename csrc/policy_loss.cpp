@@ -48,9 +48,11 @@ HD void one_token(const PolicyLossConfig& c, const Block& b, int64_t i, int lane
     t.proxy_logp = b.in[kProxy][i];
     t.selected = b.flag[kCandidate][i];
   }
-  if (F == Form::sequence) {
-    t.sequence_x = b.in[kSequenceX][i];
-    t.sequence_gain = b.in[kSequenceGain][i];
+  if (F == Form::sequence || F == Form::vespo || F == Form::rover) t.sequence_x = b.in[kSequenceX][i];
+  if (F == Form::sequence) t.sequence_gain = b.in[kSequenceGain][i];
+  if (F == Form::vespo) {
+    t.phi_positive = b.in[kSequenceGain][i];
+    t.phi_negative = b.in[kTisX][i];
   }
   if (kExtras) {
     t.ref_logp = b.in[kRef][i];
@@ -89,6 +91,8 @@ SIMD_CLONES void dispatch_block(const PolicyLossConfig& c, bool extras, const Bl
     PYMATHRL_FORM(sequence);
     PYMATHRL_FORM(rover);
     PYMATHRL_FORM(lp_reg);
+    PYMATHRL_FORM(sapo);
+    PYMATHRL_FORM(vespo);
   }
 #undef PYMATHRL_FORM
 }
@@ -180,7 +184,8 @@ void policy_loss_cpu(const PolicyLossParams& p) {
       for (int64_t s = begin; s < end; ++s) {
         SequenceSums sums;
         for (int64_t n = p.offsets[s]; n < p.offsets[s + 1]; ++n) sequence_add(p, n, sums);
-        for (int64_t n = p.offsets[s]; n < p.offsets[s + 1]; ++n) sequence_write(p, n, sums);
+        SequenceValues values = sequence_values(p.config, sums);
+        for (int64_t n = p.offsets[s]; n < p.offsets[s + 1]; ++n) sequence_write(p, n, values);
       }
     });
   int64_t blocks = policy_loss_blocks(p.n, false);

@@ -21,7 +21,8 @@ __global__ void __launch_bounds__(kThreads) sequence_kernel(PolicyLossParams p) 
     all.x = block_reduce(own.x, 0.0, shared, Add());
     all.tis = block_reduce(own.tis, 0.0, shared, Add());
     all.tokens = block_reduce(own.tokens, 0.0, shared, Add());
-    for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) sequence_write(p, n, all);
+    SequenceValues values = sequence_values(p.config, all);
+    for (int64_t n = begin + threadIdx.x; n < end; n += kThreads) sequence_write(p, n, values);
   }
 }
 
@@ -45,9 +46,12 @@ __device__ __forceinline__ Token load_token(const PolicyLossParams& p, int64_t n
     t.proxy_logp = p.proxy_logp[n];
     t.selected = mask_of(p.selected[n] != 0);
   }
-  if (F == Form::sequence) {
-    t.sequence_x = p.sequence_work[n];
-    t.sequence_gain = p.sequence_work[p.n + n];
+  bool over_sequence = F == Form::sequence || F == Form::vespo || (F == Form::rover && p.config.rover_response);
+  if (over_sequence) t.sequence_x = p.sequence_work[n];
+  if (F == Form::sequence) t.sequence_gain = p.sequence_work[p.n + n];
+  if (F == Form::vespo) {
+    t.phi_positive = p.sequence_work[p.n + n];
+    t.phi_negative = p.sequence_work[2 * p.n + n];
   }
   if (kExtras) {
     if (p.ref_logp) t.ref_logp = p.ref_logp[n];
@@ -145,6 +149,8 @@ void policy_loss_cuda(const PolicyLossParams& p, int device, void* stream) {
       case Form::sequence: launch_tokens<Form::sequence>(p, blocks, s); break;
       case Form::rover: launch_tokens<Form::rover>(p, blocks, s); break;
       case Form::lp_reg: launch_tokens<Form::lp_reg>(p, blocks, s); break;
+      case Form::sapo: launch_tokens<Form::sapo>(p, blocks, s); break;
+      case Form::vespo: launch_tokens<Form::vespo>(p, blocks, s); break;
     }
   result_kernel<<<kTerms, 32, 0, s>>>(p, blocks);
   check_cuda(cudaGetLastError(), "policy_loss");

@@ -3,16 +3,21 @@
 //   clip      max(-A min(r, delta), -A clip(r, 1-low, 1+high)); A < 0: at most -A dual          (PPO, GRPO, DAPO)
 //   weighted  -w A logp, w = 1 or sg(clip(r, low, high))                                        (REINFORCE, CISPO)
 //   sequence  clip with s = exp(mean or sum of x over the sequence) in the place of r           (GSPO, RLOO)
-//   rover     (Q - sg(A + beta Q'))^2, Q = rho x, Q' = rho (mean_logp[n+1] - old_mean_logp[n+1]) (ROVER)
+//   rover     (Q - sg(A + beta Q'))^2, Q = rho x, Q' = rho (mean_logp[n+1] - old_mean_logp[n+1]) (ROVER);
+//             over responses (Q - A)^2 with Q = rho (mean of x over the sequence)
 //   lp_reg    clip; where selected and logp < proxy: -A r + coef k3(proxy - logp)               (Lp-Reg)
-//   then l *= tis weight (a constant); l += kl_coef KL(logp, ref); l -= entropy_coef H.
+//   sapo      -A (4/tau) sigmoid(tau (r - 1)), tau by the sign of A                             (SAPO)
+//   vespo     -sg(phi) A logp, phi = exp(k log w + lambda (1 - w)), w = exp(sum of x over the sequence), k and lambda by
+//             the sign of A                                                                     (VESPO)
+//   then l *= tis weight (a constant; vespo has it inside w); l += kl_coef KL(logp, ref), times r or not;
+//   l -= entropy_coef H.
 // Bytes: 17 to 21 per token read, 4 written: N = 65536 is 0.4 us at 3.35 TB/s, so a GPU call is bound by its launch.
 #pragma once
 #include "common/hd.h"
 
 namespace pymathrl {
 
-enum class Form : int { clip = 0, weighted = 1, sequence = 2, rover = 3, lp_reg = 4 };
+enum class Form : int { clip = 0, weighted = 1, sequence = 2, rover = 3, lp_reg = 4, sapo = 5, vespo = 6 };
 enum class Kl : int { none = 0, k1 = 1, k2 = 2, k3 = 3, k1_straight = 4, k3_straight = 5 };
 enum class Level : int { none = 0, token = 1, sequence = 2, geometric = 3 };
 
@@ -38,16 +43,22 @@ struct PolicyLossConfig {
   float weight_low, weight_high;
   bool sequence_mean;         // sequence: mean of x over the sequence instead of the sum
   float rho, beta;            // rover
+  bool rover_response;        // rover: Q is rho times the mean of x over the sequence
   float q_low, q_high;        // rover: Q past these bounds and moving further out is cut; -inf, inf = off
   float lp_reg_coef;
+  float tau_positive, tau_negative;                     // sapo: temperature where A > 0, where A <= 0
+  float k_positive, lambda_positive, k_negative, lambda_negative;  // vespo: where A >= 0, where A < 0
   Kl kl;
+  bool kl_ratio;              // the divergence of a token is multiplied by its r
   float kl_coef, entropy_coef;
   Level tis;
   bool tis_mask;              // a weight above the cap becomes 0 instead of the cap
   float tis_cap;
+  double log_tis_cap;         // vespo adds it up over a sequence: in fp32 its rounding would add up too
 
   HD bool sequence_pass() const {
-    return form == Form::sequence || tis == Level::sequence || tis == Level::geometric;
+    return form == Form::sequence || form == Form::vespo || (form == Form::rover && rover_response) ||
+           tis == Level::sequence || tis == Level::geometric;
   }
 };
 
@@ -71,7 +82,7 @@ struct PolicyLossParams {
   float* grad_entropy;          // [N] out or null
   float* result;                // [kTerms] out
   float* partial;               // workspace [kTerms * policy_loss_blocks(N, device)]
-  float* sequence_work;         // workspace [3 N] where config.sequence_pass(), else null: log s, ds/s, log TIS weight
+  float* sequence_work;         // workspace [3 N] where config.sequence_pass(), else null: SequenceValues by member
   int64_t n, sequences, mean_rows;
   PolicyLossConfig config;
 
@@ -108,7 +119,8 @@ struct Token {
   float logp, old_logp, advantage, coef;
   float next_mean, next_old_mean;                 // rover: row n+1
   float proxy_logp, ref_logp, entropy, behaviour_logp;
-  float sequence_x, sequence_gain, tis_x;         // from the sequence pass
+  float sequence_x, sequence_gain, tis_x;         // from the sequence pass, SequenceValues
+  float phi_positive, phi_negative;               // of vespo, in the place of the latter two
   Mask active, link, selected;
 };
 
@@ -144,6 +156,7 @@ HD float exp_excess(float d) {
 
 constexpr float kMaxLogRatio = 20.0f;          // e^20 = 4.9e8: beyond it a ratio carries no information
 constexpr float kMaxSequenceLogRatio = 10.0f;  // as in verl's GSPO
+constexpr double kMinWeightLogRatio = -18.420680743952367;  // log 1e-8: vespo's w stops here, phi is 2e-15 or less
 constexpr float kMaxK3 = 10.0f;                // k3 stops here, and its gradient with it
 
 struct Excess {
@@ -162,7 +175,9 @@ HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
   float a = t.advantage, x = t.logp - t.old_logp;
   float bounded = clamp_f32(x, -kMaxLogRatio, kMaxLogRatio);
   Mask flat = mask_of(x < -kMaxLogRatio) | mask_of(x > kMaxLogRatio);  // a clamped ratio is a constant
-  float r = exp_f32(bounded), loss, grad;
+  const float ratio = exp_f32(bounded);
+  const Mask ratio_flat = flat;
+  float r = ratio, loss, grad;  // r and flat become those of the sequence where the form is over sequences
   Mask low = 0, high = 0, dual = 0, selected = 0;
   float q = 0.0f, next_q = 0.0f, target = 0.0f;
   if (F == Form::clip || F == Form::sequence || F == Form::lp_reg) {
@@ -199,8 +214,19 @@ HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
     grad = -w * a;
     low = ratio_weight & mask_of(r < c.weight_low);
     high = ratio_weight & mask_of(r > c.weight_high);
+  } else if (F == Form::sapo) {
+    float tau = choose(mask_of(a > 0.0f), c.tau_positive, c.tau_negative), u = tau * (r - 1.0f);
+    float e = exp_f32(u < 0.0f ? u : -u);  // at most 1: e^-u overflows where tau is large and r small
+    float gate = choose(mask_of(u < 0.0f), e, 1.0f) / (1.0f + e);
+    loss = -a * (4.0f / tau) * gate;
+    grad = keep(~flat, -a * r * (4.0f * e / ((1.0f + e) * (1.0f + e))));
+  } else if (F == Form::vespo) {
+    float phi = choose(mask_of(a < 0.0f), t.phi_negative, t.phi_positive);
+    r = exp_f32(t.sequence_x);
+    loss = -phi * a * t.logp;
+    grad = -phi * a;
   } else {
-    q = c.rho * x;
+    q = c.rho * choose(mask_of(c.rover_response), t.sequence_x, x);
     next_q = keep(t.link, c.rho * (t.next_mean - t.next_old_mean));
     target = a + c.beta * next_q;
     low = mask_of(target < q) & mask_of(q < c.q_low);
@@ -218,16 +244,22 @@ HD TokenResult policy_token(const PolicyLossConfig& c, const Token& t) {
     w = exp_f32(clamp_f32(w, -kMaxLogRatio, kMaxLogRatio));
     over = tis & mask_of(w > c.tis_cap);
     weight = choose(tis, choose(over, c.tis_mask ? 0.0f : c.tis_cap, w), 1.0f);
-    loss *= weight;
-    grad *= weight;
+    if (F != Form::vespo) {
+      loss *= weight;
+      grad *= weight;
+    }
     float d = t.logp - t.ref_logp;
     Excess k3 = bounded_k3(-d);
     Mask is_k1 = mask_of(c.kl == Kl::k1), is_k2 = mask_of(c.kl == Kl::k2), is_k3 = mask_of(c.kl == Kl::k3);
     Mask value_k1 = is_k1 | mask_of(c.kl == Kl::k1_straight), on = mask_of(c.kl != Kl::none);
     kl = keep(on, choose(value_k1, d, choose(is_k2, 0.5f * d * d, k3.value)));
     float slope = choose(is_k1, 1.0f, choose(is_k3, k3.slope, d));  // straight-through: the slope of k2
+    Mask by_ratio = mask_of(c.kl_ratio);
+    float factor = choose(by_ratio, ratio, 1.0f);
+    slope = factor * (keep(on, slope) + keep(by_ratio & ~ratio_flat, kl));
+    kl *= factor;
     loss += c.kl_coef * kl;
-    grad += c.kl_coef * keep(on, slope);
+    grad += c.kl_coef * slope;
     loss -= c.entropy_coef * t.entropy;
   }
 
@@ -273,6 +305,8 @@ HD void add_term(float& own, const TokenResult& r) {
 
 HD bool token_active(const PolicyLossParams& p, int64_t n) { return (!p.mask || p.mask[n]) && p.coef[n] != 0.0f; }
 
+HD double clamp_f64(double x, double lo, double hi) { return x < lo ? lo : (x > hi ? hi : x); }
+
 // Sums of one sequence, in double: a 20,000-token sequence sums log-ratios of 1e-3.
 struct SequenceSums {
   double x = 0, tis = 0, tokens = 0;
@@ -281,17 +315,41 @@ struct SequenceSums {
 HD void sequence_add(const PolicyLossParams& p, int64_t n, SequenceSums& s) {
   if (!token_active(p, n)) return;
   float old_logp = p.old_logp ? p.old_logp[n] : p.logp[n];
-  s.x += static_cast<double>(p.logp[n]) - old_logp;
-  if (p.behaviour_logp) s.tis += static_cast<double>(old_logp) - p.behaviour_logp[n];
+  double x = static_cast<double>(p.logp[n]) - old_logp, tis = 0;
+  if (p.behaviour_logp) tis = static_cast<double>(old_logp) - p.behaviour_logp[n];
+  if (p.config.form == Form::vespo) {  // the weight of the sampler is a factor of w, token by token
+    bool over = tis > p.config.log_tis_cap;
+    tis = over ? (p.config.tis_mask ? kMinWeightLogRatio : p.config.log_tis_cap) : tis;
+    x = clamp_f64(x, -kMaxLogRatio, kMaxLogRatio) + clamp_f64(tis, kMinWeightLogRatio, kMaxLogRatio);
+  }
+  s.x += x;
+  s.tis += tis;
   s.tokens += 1;
 }
 
-// Writes the sequence's values to each of its tokens, where the token pass reads them.
-HD void sequence_write(const PolicyLossParams& p, int64_t n, const SequenceSums& s) {
+// What the token pass needs to know of a sequence.
+struct SequenceValues {
+  float x;     // log s, rover's mean of x, or log w of vespo
+  float gain;  // (ds/dlogp)/s; vespo: phi where A >= 0
+  float tis;   // log TIS weight; vespo: phi where A < 0
+};
+
+HD SequenceValues sequence_values(const PolicyLossConfig& c, const SequenceSums& s) {
   double tokens = s.tokens > 0 ? s.tokens : 1.0;
-  p.sequence_work[n] = static_cast<float>(p.config.sequence_mean ? s.x / tokens : s.x);
-  p.sequence_work[p.n + n] = p.config.sequence_mean ? 1.0f : static_cast<float>(tokens);
-  p.sequence_work[2 * p.n + n] = static_cast<float>(p.config.tis == Level::geometric ? s.tis / tokens : s.tis);
+  if (c.form == Form::vespo) {  // in double, once a sequence: phi = e^(k log w + lambda (1 - w)) has slope k - lambda w
+    double log_w = clamp_f64(s.x, kMinWeightLogRatio, kMaxLogRatio), rest = 1.0 - exp(log_w);
+    return {static_cast<float>(log_w), static_cast<float>(exp(c.k_positive * log_w + c.lambda_positive * rest)),
+            static_cast<float>(exp(c.k_negative * log_w + c.lambda_negative * rest))};
+  }
+  return {static_cast<float>(c.sequence_mean ? s.x / tokens : s.x),
+          c.sequence_mean ? 1.0f : static_cast<float>(tokens),
+          static_cast<float>(c.tis == Level::geometric ? s.tis / tokens : s.tis)};
+}
+
+HD void sequence_write(const PolicyLossParams& p, int64_t n, const SequenceValues& v) {
+  p.sequence_work[n] = v.x;
+  p.sequence_work[p.n + n] = v.gain;
+  p.sequence_work[2 * p.n + n] = v.tis;
 }
 
 }  // namespace pymathrl

@@ -23,9 +23,10 @@ def group_advantage(
 class PolicyLossConfig:
     def __init__(
         self, *, form: int, clip_low: float, clip_high: float, delta: float, dual_clip: float, ratio_weight: bool,
-        weight_low: float, weight_high: float, sequence_mean: bool, rho: float, beta: float, q_low: float,
-        q_high: float, lp_reg_coef: float, kl: int, kl_coef: float, entropy_coef: float, tis: int, tis_mask: bool,
-        tis_cap: float,
+        weight_low: float, weight_high: float, sequence_mean: bool, rho: float, beta: float, rover_response: bool,
+        q_low: float, q_high: float, lp_reg_coef: float, tau: tuple[float, float],
+        vespo_positive: tuple[float, float], vespo_negative: tuple[float, float], kl: int, kl_ratio: bool,
+        kl_coef: float, entropy_coef: float, tis: int, tis_mask: bool, tis_cap: float, log_tis_cap: float,
     ) -> None: ...
 
 def policy_loss_stats() -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]: ...

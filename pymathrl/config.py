@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import shutil
 import sys
 import tomllib
@@ -179,8 +180,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
     known, _ = first.parse_known_args(argv)
     helping = "-h" in argv or "--help" in argv
 
-    saved = _read_toml(Path(known.resume) / "config.toml") if known.resume and not helping else {}
-    file = _read_toml(Path(known.config)) if known.config and not helping else {}
+    saved = read_toml(Path(known.resume) / "config.toml") if known.resume and not helping else {}
+    file = read_toml(Path(known.config)) if known.config and not helping else {}
     if known.resume and known.config:
         raise UserError("--config and --resume exclude each other: a resumed run keeps the options it was started with")
     for source, table in ((known.config, file), (f"{known.resume}/config.toml", saved)):
@@ -233,7 +234,7 @@ def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
         values |= table
         sources |= {k: where(k) for k in table}
     values.pop("algo", None)
-    train, own = _build(TrainConfig, values, sources), _build(algo.config, values, sources)
+    train, own = build(TrainConfig, values, sources), build(algo.config, values, sources)
     defaults = task_options(task)
     options = {
         k.removeprefix("task_"): convert_option(task, k.removeprefix("task_"), values.pop(k))
@@ -244,11 +245,12 @@ def _assemble(algo: Algo, task: str, layers: Sequence[Layer]) -> Run:
     for key in values:
         if key not in known_names:
             raise UserError(f"{sources[key]}: unknown option for --algo {algo.name}; {nearest(key, known_names)}")
-    _check_together(algo, train, {k for k, source in sources.items() if not source.startswith(("preset", "default"))})
+    given = {k for k, source in sources.items() if not source.startswith(("preset", "default"))}
+    _check_together(algo, train, own, given)
     return Run(algo, train, own, options)
 
 
-def _check_together(algo: Algo, train: TrainConfig, given: set[str]) -> None:
+def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -> None:
     """What no single option can check. given: names that a person wrote."""
     if train.prompts_per_step % train.minibatches:
         raise UserError(
@@ -280,6 +282,7 @@ def _check_together(algo: Algo, train: TrainConfig, given: set[str]) -> None:
     for name, (other, on) in needs.items():
         if name in given and not on and getattr(train, name) != _default(name):
             raise UserError(f"{flag(name)} has no effect with {flag(other)} {getattr(train, other)}; set that too")
+    algo.check(train, own)
 
 
 def _add_stages(run: Run, tables: Any, layers: Sequence[Layer], last: Layer, source: str) -> Run:
@@ -331,7 +334,7 @@ def write_toml(values: dict[str, Any]) -> str:
         if isinstance(value, bool):
             text = str(value).lower()
         elif isinstance(value, str):
-            text = '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+            text = json.dumps(value, ensure_ascii=False)  # its escapes, of line breaks too, are those of TOML
         else:
             text = repr(value)
         lines.append(f"{key} = {text}\n")
@@ -346,11 +349,11 @@ def _names(cls: type) -> set[str]:
     return {f.name for f in dataclasses.fields(cls)}
 
 
-def _build(cls: type, values: dict[str, Any], sources: dict[str, str]) -> Any:
+def build(cls: type, values: dict[str, Any], sources: dict[str, str]) -> Any:
     return cls(**{n: convert(cls, n, values[n], sources[n]) for n in _names(cls) if n in values})
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except FileNotFoundError:
@@ -387,7 +390,7 @@ def _check_resume(typed: dict[str, Any], given: str | None, saved: dict[str, Any
             )
 
 
-def _add_options(
+def add_options(
     parser: argparse.ArgumentParser, title: str, cls: type, defaults: Mapping[str, Any] | None = None
 ) -> None:
     group = parser.add_argument_group(title)
@@ -400,7 +403,7 @@ def _add_options(
         group.add_argument(flag(f.name), metavar=metavar, help=(f.metadata["help"] + default).replace("%", "%%"))
 
 
-def _formatter(prog: str) -> argparse.HelpFormatter:
+def formatter(prog: str) -> argparse.HelpFormatter:
     width = min(120, shutil.get_terminal_size().columns)
     return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width)
 
@@ -413,16 +416,16 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     )
     epilog = []
     for algo in algos if len(algos) > 1 else []:
-        own = CommandParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=_formatter)
+        own = CommandParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
         others = ", ".join(f"{flag(k)} {v}" for k, v in algo.defaults.items())
         title = f"--algo {algo.name}" + (f" (defaults that differ: {others})" if others else "")
-        _add_options(own, title, algo.config)
+        add_options(own, title, algo.config)
         epilog.append(own.format_help().strip())
     parser = CommandParser(
         prog="python -m pymathrl.train",
         description=f"{HEADER}\n\nalgorithms:\n{listed}\n\ndefaults that differ for a built-in model:\n{presets}",
         epilog="\n\n".join(epilog),
-        formatter_class=_formatter,
+        formatter_class=formatter,
         allow_abbrev=False,
     )
     parser.add_argument("--algo", metavar="NAME", help=f"one of {', '.join(REGISTRY)} (needed, except with --resume)")
@@ -434,9 +437,9 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan (model, memory, tokens per step) and exit"
     )
-    _add_options(parser, "every run", TrainConfig, algos[0].defaults if len(algos) == 1 else None)
+    add_options(parser, "every run", TrainConfig, algos[0].defaults if len(algos) == 1 else None)
     if len(algos) == 1:
-        _add_options(parser, f"--algo {algos[0].name}", algos[0].config)
+        add_options(parser, f"--algo {algos[0].name}", algos[0].config)
     add_task_options(parser, task_defaults)
     return parser
 

@@ -8,8 +8,8 @@
 
 Metric names: reward, reward_std, frac_reward_zero_std, accuracy (pass@1 of the rollouts), completions/mean_length
 (tokens), completions/clipped_ratio, entropy (nats), clip_ratio/*, kl, grad_norm, learning_rate, ratio/max,
-logp_gap/*, time/<stage> (seconds), tokens_per_second, eval/pass@1, eval/pass@8, eval/diversity.  Fractions are 0..1,
-and percent only where they are shown.
+logp_gap/*, time/<stage> (seconds), tokens_per_second, eval/pass@1, eval/pass@8, eval/diversity; of a supervised run nll
+(nats per trained token).  Fractions are 0..1, and percent only where they are shown.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class RunLog:
         self._last: dict[str, Any] = {}
         self._last_eval: dict[str, Any] = {}
         self._held_evals: dict[int, dict[str, Any]] = {}
-        self._rewards: deque[float] = deque(maxlen=_SPARK_WIDTH)
+        self._curve: deque[float] = deque(maxlen=_SPARK_WIDTH)
         self._stamps: deque[float] = deque([time.monotonic()], maxlen=_ETA_STEPS + 1)
         self._stage = ""
         self._closed = False
@@ -213,9 +213,9 @@ class RunLog:
         values = {**_plain(metrics), **self._held_evals.pop(step, {})}
         self._write_metrics(step, values)
         self._done, self._last = step, values
-        reward = values.get("reward")
-        if isinstance(reward, int | float):
-            self._rewards.append(float(reward))
+        value = values.get("nll", values.get("reward"))
+        if isinstance(value, int | float):
+            self._curve.append(float(value))
         self._stamps.append(time.monotonic())
         if self._live is None:
             self._print(self._step_line(step, values))
@@ -339,6 +339,7 @@ class RunLog:
     def _step_line(self, step: int, values: Mapping[str, Any]) -> str:
         parts = [f"step {step:>5}/{self._total}"]
         for label, name in (
+            ("loss", "nll"),
             ("reward", "reward"),
             ("accuracy", "accuracy"),
             ("entropy", "entropy"),
@@ -373,7 +374,7 @@ class RunLog:
             grid.add_column(style="dim", no_wrap=True)
             grid.add_column(no_wrap=True, min_width=8)
         cells = [
-            ("reward", "reward"),
+            ("loss", "nll") if "nll" in values else ("reward", "reward"),
             ("accuracy", "accuracy"),
             ("entropy", "entropy"),
             ("tokens/s", "tokens_per_second"),
@@ -386,12 +387,13 @@ class RunLog:
             grid.add_row(*(text for label, name in row for text in (label, show(name, values.get(name)))))
         lines: list[RenderableType] = [head, grid]
         # a copy: the display's thread must not iterate over what step() appends to
-        if rewards := [r for r in list(self._rewards) if math.isfinite(r)]:
-            low, high = min(rewards), max(rewards)
-            spark = sparkline(rewards, ascii_only)
+        if curve := [r for r in list(self._curve) if math.isfinite(r)]:
+            low, high = min(curve), max(curve)
+            spark = sparkline(curve, ascii_only)
+            what = "loss" if "nll" in values else "reward"
             lines.append(
                 Text.assemble(
-                    ("reward, last steps  ", "dim"), (spark, "green"), f"  {show('', low)} .. {show('', high)}"
+                    (f"{what}, last steps  ", "dim"), (spark, "green"), f"  {show('', low)} .. {show('', high)}"
                 )
             )
         shares = " | ".join(f"{s} {100 * share:.0f} %" for s, share in _stage_shares(values))

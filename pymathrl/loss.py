@@ -20,7 +20,7 @@ from pymathrl.config import TrainConfig
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.linear import linear_out
-from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss
+from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, works_on_sequences
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
@@ -34,7 +34,7 @@ class TokenTerms:
     old_logp, advantage, coef  fp32 [N]   coef: share of the token in the loss (normaliser and weights)
     old_mean_logp              fp32 [N]   form "rover": the sampler's mean log-prob
     link                       uint8 [N]  form "rover": 1 where row n+1 is the next token of the same sequence
-    offsets                    int64 [S+1] form "sequence": rows of each sequence
+    offsets                    int64 [S+1] a loss that `works_on_sequences`: rows of each sequence
     support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
                                that each token was drawn from; the distribution is renormalised over them
     extra                      name -> [N]: further inputs of `policy_loss` by name, such as ref_logp
@@ -89,7 +89,7 @@ def fused_policy_loss(
     Both gradients are computed here, in the forward pass, and only scaled in the backward. `chunk_rows` (default: what
     fits the workspace) changes memory and speed, not the result beyond fp32 rounding of the head's gradient.
     Chunks go from the last row to the first, so that ROVER's target, which looks one token ahead, finds it computed.
-    A sequence-level form needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
+    A loss over sequences needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
     """
     rows = _chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
     record: dict[str, Any] = {}
@@ -113,6 +113,7 @@ class _FusedHead(torch.autograd.Function):
         logp, entropy, mean_logp = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         workspace = torch.empty(min(n, chunk_rows), vocab, dtype=torch.float32, device=hidden.device)
         starts = list(range(0, n, chunk_rows))[::-1]
+        over_sequences = works_on_sequences(spec.form, spec.terms)
 
         def scores(begin: int, end: int) -> tuple[Tensor, Tensor]:
             logits = linear_out(hidden[begin:end], weight, workspace[: end - begin])
@@ -125,16 +126,16 @@ class _FusedHead(torch.autograd.Function):
         def token_loss(begin: int, end: int) -> PolicyLoss:
             part = terms.rows(begin, end)
             extra = {**spec.terms, **part.extra}
-            if spec.form == "rover":
+            if spec.form == "rover" and spec.terms.get("rover_level") != "response":
                 extra |= dict(mean_logp=mean_logp[begin : end + 1], old_mean_logp=part.old_mean_logp, link=part.link)
-            elif spec.form == "sequence":
+            if over_sequences:
                 extra |= dict(offsets=terms.offsets)
             if extra.get("entropy_coef"):
                 extra |= dict(entropy=entropy[begin:end])
             return policy_loss(logp[begin:end], part.old_logp, part.advantage, part.coef, form=spec.form, **extra)
 
         whole = None
-        if spec.form == "sequence" and len(starts) > 1:
+        if over_sequences and len(starts) > 1:
             for begin in starts:
                 scores(begin, min(n, begin + chunk_rows))
             whole = token_loss(0, n)

@@ -87,6 +87,13 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
         return StepReport(value, rate, applied)
 
+    @torch.no_grad()
+    def read_weights(self) -> None:
+        """Masters take the values of the weights, which were set from outside. A second optimizer on the same model
+        would not do: the masters of the first take the gradients."""
+        for weight, master in self._masters():
+            master.copy_(weight)
+
     def _masters(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(weight, its master) where the two differ."""
         return [(w, p) for w, p in zip(self.weights, self.parameters, strict=True) if w is not p]

@@ -21,8 +21,12 @@ class Prompts:
 
 
 def encode(policy: Policy, task: Task, problem: Problem) -> list[int]:
-    """The prompt of one problem in the policy's style; under "chat" its template is put around the user's message."""
-    text = task.prompt(problem, policy.prompt_style)
+    """The prompt of one problem in the policy's style."""
+    return encode_prompt(policy, task.prompt(problem, policy.prompt_style))
+
+
+def encode_prompt(policy: Policy, text: str) -> list[int]:
+    """The ids of a prompt; under the style "chat" the template is put around it, as the user's message."""
     if policy.prompt_style == "chat":
         text = policy.tokenizer.chat([{"role": "user", "content": text}])
     return policy.tokenizer.encode(text)

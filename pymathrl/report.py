@@ -42,9 +42,12 @@ BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = (
     "#F0E442",
 )
 GREY = "#8A8A8A"
-_GROUP_STYLES = list(
-    zip((BLUE, RED, GREEN, PURPLE, ORANGE, SKY), ("-", "--", "-.", ":", "-", "--"), "osD^vP", strict=True)
-)
+_GROUP_STYLES = [
+    (colour, line, marker)
+    for lines, markers in ((("-", "--", "-.", ":", "-", "--"), "osD^vP"), ((":", "-", "--", "-.", ":", "-"), "X<>*hd"),
+                           (("-.", ":", "-", "--", "-.", ":"), "p8H1+x"))
+    for colour, line, marker in zip((BLUE, RED, GREEN, PURPLE, ORANGE, SKY), lines, markers, strict=True)
+]  # fmt: skip
 _STAGE_COLOURS = dict(zip(STAGES, (GREY, BLUE, SKY, YELLOW, RED, GREEN, ORANGE, PURPLE), strict=True))
 _SCORES = ("pass@1", "pass@8", "diversity")
 _SCORE_TITLES = {
@@ -91,7 +94,7 @@ def read_run(run_dir: str | Path, label: str | None = None) -> Run:
         if not isinstance(summary, dict):
             raise UserError(f"{path / 'summary.json'}: expected a JSON object, got {type(summary).__name__}")
     series = _read_metrics(path / "metrics.jsonl")
-    algo = config.get("algo", (summary or {}).get("algo"))
+    algo = config.get("algo", config.get("mode", (summary or {}).get("algo")))
     if label is None and not isinstance(algo, str):
         raise UserError(f"{path / 'config.toml'}: expected a string under the key `algo`, got {algo!r}")
     seed = config.get("seed", (summary or {}).get("seed"))
@@ -217,6 +220,11 @@ def _legend_below(ax: Axes) -> None:
 
 
 def _reward_panel(ax: Axes, run: Run) -> None:
+    """The reward; of a supervised run, which has none, the loss."""
+    if "nll" in run.series:
+        _curve(ax, run, "nll", BLUE)
+        _dress(ax, "loss on the trained tokens", "nats per token")
+        return
     if not _curve(ax, run, "reward", BLUE, "mean over the rollouts"):
         _no_data(ax)
     elif "reward_std" in run.series:
@@ -388,7 +396,8 @@ def plot_comparison(groups: dict[str, list[Run]], folder: Path) -> Path:
     handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not str(h.get_label()).startswith("_")}
     if handles:
         figure.legend(
-            handles=list(handles.values()), loc="outside lower center", ncols=len(handles), fontsize=10, frameon=False
+            handles=list(handles.values()), loc="outside lower center", ncols=min(8, len(handles)), fontsize=10,
+            frameon=False,
         )
     figure.suptitle("Mean over seeds, band from minimum to maximum", fontsize=12)
     return _save(figure, folder, "comparison.png")

@@ -107,7 +107,7 @@ def train(run: Run) -> int:
         return 0
     at, saved = Position(), dict[str, Any]()
     if run.resume is None:
-        out = new_run_dir(run)
+        out = new_run_dir(config.out, f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
     else:
         out = run.resume
         if checkpoint is not None:
@@ -362,12 +362,11 @@ def newest_checkpoint(out: Path) -> Path | None:
     return found[1]
 
 
-def new_run_dir(run: Run) -> Path:
-    """--out, which must not hold a run yet; without it the first free name under runs/."""
-    config = run.train
-    out = Path(config.out or Path("runs") / f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
+def new_run_dir(given: str | None, name: str) -> Path:
+    """The folder --out, which must not hold a run yet; without it the first free one like runs/`name`."""
+    out = Path(given or Path("runs") / name)
     with explain_os_errors("make the run folder", out):
-        if config.out is None:
+        if given is None:
             stem, number = out, 2
             while out.exists():
                 out, number = Path(f"{stem}-{number}"), number + 1
@@ -393,11 +392,16 @@ class Memory:
     page_bytes: int
     wanted: int  # pages with which no sequence ever waits for memory
 
-    def line(self) -> str:
+    def line(self, generates: bool = True) -> str:
+        text = (
+            f"memory    {_gib(self.free)} free: gradients and AdamW {_gib(self.update)}, activations "
+            f"{_gib(self.activations)}"
+        )
+        if not generates:
+            return text
         cache = self.pages * self.page_bytes
         return (
-            f"memory    {_gib(self.free)} free: gradients and AdamW {_gib(self.update)}, activations "
-            f"{_gib(self.activations)}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
+            f"{text}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
             f"({self.pages:,} pages of {PAGE} tokens, {self.wanted:,} would hold every response at full length)"
         )
 

@@ -52,7 +52,10 @@ def run_policy_loss(device: str) -> None:
         {"form": "weighted", "weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2},
         {"form": "sequence", "sequence": "mean", "clip_low": 3e-4, "clip_high": 4e-4, "offsets": offsets},
         {"form": "rover", "mean_logp": mean, "old_mean_logp": old_mean, "link": link},
+        {"form": "rover", "rover_level": "response", "offsets": offsets},
         {"form": "lp_reg", "proxy_logp": proxy, "selected": some},
+        {"form": "sapo"},
+        {"form": "vespo", "offsets": offsets, "behaviour_logp": behaviour, "tis_cap": 2.0},
     )
     for form in forms:
         policy_loss(logp, old, advantage, coef, mask=some, **form)

@@ -8,8 +8,8 @@ import torch
 from pymathrl import eval as eval_module
 from pymathrl.errors import UserError
 from pymathrl.eval import evaluate, main
-from pymathrl.rollout.draws import sample_uids
 from pymathrl.rollout import Engine
+from pymathrl.rollout.draws import sample_uids
 from pymathrl.tasks import Grade, load_task
 from tests.tiny import save_tiny, tiny_policy
 

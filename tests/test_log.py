@@ -215,6 +215,16 @@ def test_display_renders_before_the_first_step_and_without_unicode(tmp_path):
     assert b"reward, last steps" in out.buffer.getvalue()
 
 
+def test_a_supervised_run_shows_its_loss(tmp_path):
+    for live in (True, False):
+        out = io.StringIO()
+        with RunLog(tmp_path, 2, live=live, stream=out) as log:
+            log.step(1, {"nll": 1.25, "grad_norm": 0.5})
+            log.step(2, {"nll": 0.75, "grad_norm": 0.5})
+        text = out.getvalue()
+        assert "loss" in text and "0.750" in text and "reward" not in text and ("loss, last steps" in text) == live
+
+
 def test_a_reader_that_leaves_does_not_end_the_run(tmp_path):
     code = (
         "import sys\nfrom pymathrl.log import RunLog\n"

@@ -9,8 +9,9 @@ from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
 from pymathrl.ops import IMPL
-from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref
+from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref, works_on_sequences
 from pymathrl.rollout import Engine
+from tests.algos.cases import context, with_rewards
 from tests.tiny import tiny_policy
 
 N, D, V = 53, 24, 384
@@ -21,10 +22,14 @@ SPECS = {
     "weighted": LossSpec("weighted", terms={"weight": "clipped_ratio", "weight_low": 0.0, "weight_high": 1.2}),
     "sequence": LossSpec("sequence", terms={"sequence": "mean", "clip_low": 0.1, "clip_high": 0.1}),
     "rover": LossSpec("rover", terms={"rho": 1.0, "beta": 1.0}),
+    "rover-response": LossSpec("rover", terms={"rover_level": "response", "rho": 2.0}),
+    "vespo": LossSpec("vespo"),
+    "clip-is-sequence": LossSpec("clip", terms={"tis_cap": 1.5, "tis_level": "sequence"}),
+    "rover-is-geometric": LossSpec("rover", terms={"tis_cap": 1.02, "tis_level": "geometric"}),
 }
 
 
-def problem(dtype=torch.float32):
+def problem(spec):
     """Hidden states whose logits are about 5 N(0,1), tokens from the policy, old log-probs 0.3 N(0,1) away."""
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(N, D, generator=g)
@@ -39,6 +44,8 @@ def problem(dtype=torch.float32):
         old_logp=old, advantage=torch.randn(N, generator=g), coef=torch.rand(N, generator=g) / N,
         old_mean_logp=logps.mean(-1) + 0.1 * torch.randn(N, generator=g), link=link, offsets=CUTS,
     )  # fmt: skip
+    if spec.terms.get("tis_cap"):
+        terms = dataclasses.replace(terms, extra={"behaviour_logp": old + 0.2 * torch.randn(N, generator=g)})
     return hidden, weight, targets, terms
 
 
@@ -47,10 +54,10 @@ def naive(hidden, weight, targets, terms, spec, dtype):
     h, w = (t.detach().to(dtype, copy=True).requires_grad_() for t in (hidden, weight))
     logps = torch.log_softmax(h @ w.T / 0.8, -1)
     logp = logps.gather(1, targets[:, None])[:, 0]
-    extra = dict(spec.terms)
-    if spec.form == "rover":
+    extra = {**spec.terms, **{name: t.to(dtype) for name, t in terms.extra.items()}}
+    if spec.form == "rover" and "rover_level" not in extra:
         extra |= dict(mean_logp=logps.mean(-1).detach(), old_mean_logp=terms.old_mean_logp.to(dtype), link=terms.link)
-    if spec.form == "sequence":
+    if works_on_sequences(spec.form, extra):
         extra |= dict(offsets=terms.offsets)
     if "entropy_coef" in extra:
         extra |= dict(entropy=-(logps.exp() * logps).sum(-1))
@@ -75,7 +82,7 @@ def distance(a, b):
 @pytest.mark.parametrize("chunk", [1000, 16, 1])
 @pytest.mark.parametrize("name", SPECS)
 def test_equals_all_logits_at_once(name, chunk):
-    args = problem()
+    args = problem(SPECS[name])
     expected = naive(*args, SPECS[name], torch.float64)
     single = naive(*args, SPECS[name], torch.float32)
     got = ours(*args, SPECS[name], chunk)
@@ -85,9 +92,9 @@ def test_equals_all_logits_at_once(name, chunk):
 
 def test_the_comparison_rejects_wrong_heads():
     """Mutants: temperature forgotten, link over a sequence end, one token shifted, a chunk's mean for the step's."""
-    args = problem()
-    hidden, weight, targets, terms = args
     spec = SPECS["rover"]
+    args = problem(spec)
+    hidden, weight, targets, terms = args
     expected = naive(*args, spec, torch.float64)
     shifted = torch.roll(targets, 1)
     across = terms.link.clone()
@@ -109,7 +116,7 @@ def test_idle_rows_change_nothing_and_are_counted():
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
     rollout = Engine(policy, seed=2).generate(prompts, 4, 8)
     reward = torch.tensor([0.1, 0.1, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])  # the first group teaches nothing
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context("grpo", policy=policy), with_rewards(rollout, reward))
     spec = algo.loss(algo.config())
     options = dict(temperature=1.0, token_budget=1000, max_new_tokens=8)
     skipped = minibatch_loss(policy.model, batch, range(8), spec, **options)
@@ -132,7 +139,7 @@ def test_any_cut_into_micro_batches_gives_the_same_gradient(name, filters):
     prompts = [policy.tokenizer.encode(t) for t in ("3 4 -> 7\n<think>", "1 5 9 -> 15\n<think>")]
     rollout = Engine(policy, seed=2).generate(prompts, 4, 9, **filters)
     reward = torch.tensor([0.1, 1.0, 0.1, 0.1, 0.0, 1.0, 0.0, 0.0])
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context(name, policy=policy), with_rewards(rollout, reward))
     with torch.no_grad():  # the policy has moved: ratios other than 1
         generator = torch.Generator().manual_seed(0)
         for p in policy.model.parameters():
@@ -161,7 +168,7 @@ def test_the_comparison_rejects_a_normaliser_of_the_micro_batch():
     algo = REGISTRY["grpo"]
     rollout = Engine(policy, seed=2).generate([policy.tokenizer.encode("3 4 -> 7\n<think>")], 6, 20)
     reward = (torch.arange(6) % 2).float()
-    batch = advantage(rollout, reward, reward == 1, algo, algo.config()).batch
+    batch = advantage(context("grpo", policy=policy), with_rewards(rollout, reward))
     spec = dataclasses.replace(algo.loss(algo.config()), aggregation="token-mean")
     options = dict(temperature=1.0, max_new_tokens=20, token_budget=10_000)
 

@@ -158,6 +158,24 @@ def stepped(model, config):
     return optimizer
 
 
+def test_weights_from_outside_and_a_restart_are_a_new_optimizer():
+    config = dataclasses.replace(TrainConfig(), lr=1e-4, stage_optimizer="fresh")
+    for make in (low_precision_model, full_precision_model):
+        model, fresh = make(), make()
+        optimizer = stepped(model, config)
+        with torch.no_grad():
+            for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+                p.copy_(q)
+        optimizer.read_weights()
+        optimizer.restart(config, 10)
+        for p in model.parameters():
+            p.backward(torch.ones_like(p))
+        optimizer.step()
+        other = stepped(fresh, config)
+        for a, b in zip(optimizer.parameters, other.parameters, strict=True):
+            assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("masters_first", [True, False])
 def test_a_state_goes_on_in_the_other_precision(masters_first):
     """From a GPU to a CPU the masters become the weights; the other way the loaded weights become the masters."""

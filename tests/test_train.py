@@ -15,12 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from pymathrl import context as context_module
+from pymathrl import learner as learner_module
 from pymathrl import train as train_module
 from pymathrl.algos import rover
 from pymathrl.checkpoint import hash_parameters
 from pymathrl.config import TrainConfig
 from pymathrl.loss import WORKSPACE_BYTES
 from pymathrl.models import Decoder, ModelConfig
+from pymathrl.optim import Optimizer
 from pymathrl.tasks import Grade
 from pymathrl.train import kept_bytes, main, plan_memory
 from tests.tiny import SMALL_RUN, read_metrics, save_tiny, tiny_policy
@@ -234,14 +237,14 @@ def test_resume_before_the_first_checkpoint_and_after_the_last(tmp_path, capsys,
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, capsys):
     model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
-    real = train_module.Optimizer.step
+    real = Optimizer.step
 
     def poison(self, finite_loss=True):
         report = real(self, finite_loss)
         self.parameters[0].data[0, 0] = math.inf
         return report
 
-    monkeypatch.setattr(train_module.Optimizer, "step", poison)
+    monkeypatch.setattr(Optimizer, "step", poison)
     assert main(["--algo", "rover", "--model", str(model), "--steps", "1", "--out", str(out), *SMALL_RUN]) == 2
     assert "nan or infinity" in capsys.readouterr().err
     assert not list((out / "checkpoints").glob("step-*"))
@@ -282,29 +285,30 @@ def test_planned_activations_are_those_that_autograd_keeps(kind, layers):
 def test_the_plan_counts_master_weights_once(tmp_path, monkeypatch):
     """The free memory of the plan is read while there are no masters yet."""
     model, seen = save_tiny(tmp_path / "model"), []
-    real_plan, real_optimizer = train_module.plan_memory, train_module.Optimizer
+    real_plan, real_optimizer = train_module.plan_memory, learner_module.Optimizer
     monkeypatch.setattr(train_module, "plan_memory", lambda *a: seen.append("plan") or real_plan(*a))
-    monkeypatch.setattr(train_module, "Optimizer", lambda *a: seen.append("optimizer") or real_optimizer(*a))
-    assert main(["--algo", "rover", "--model", str(model), "--dry-run", *SMALL_RUN]) == 0
+    monkeypatch.setattr(learner_module, "Optimizer", lambda *a: seen.append("optimizer") or real_optimizer(*a))
+    out = tmp_path / "run"
+    assert main(["--algo", "rover", "--model", str(model), "--steps", "0", "--out", str(out), *SMALL_RUN]) == 0
     assert seen == ["plan", "optimizer"]
 
 
 def test_recomputed_log_probs_show_the_gap_to_the_sampler(tmp_path, monkeypatch):
     """The update then starts from the second pass, so its own gap is 0; logged is what the exchange replaced."""
     model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
-    real = train_module.score
+    real = context_module.score
 
     def shifted(policy, rollout, *args):
-        logp, mean_logp, entropy = real(policy, rollout, *args)
-        logp = logp + 0.25 * rollout.sampled_mask
+        scores = real(policy, rollout, *args)
+        logp = scores.logp + 0.25 * rollout.sampled_mask
         logp[rollout.sampled_mask.nonzero()[0]] += 0.5
-        return logp, mean_logp, entropy
+        return scores._replace(logp=logp)
 
     argv = ["--algo", "grpo", "--model", str(model), "--steps", "1", "--old-logp", "recompute"]
     assert main([*argv, "--out", str(tmp_path / "exact"), *SMALL_RUN]) == 0
     first = next(m for m in read_metrics(tmp_path / "exact") if "loss" in m)
     assert first["logp_gap/max"] == first["logp_gap/mean"] == 0.0
-    monkeypatch.setattr(train_module, "score", shifted)
+    monkeypatch.setattr(context_module, "score", shifted)
     assert main([*argv, "--out", str(out), *SMALL_RUN]) == 0
     step = next(m for m in read_metrics(out) if "loss" in m)
     assert step["logp_gap/max"] == pytest.approx(0.75, abs=1e-5)
@@ -330,7 +334,7 @@ def test_a_run_on_the_built_in_model_is_better_after(tmp_path):
 
 def test_nan_gradient_skips_the_step_and_spares_the_weights(tmp_path, monkeypatch):
     model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
-    real, calls = train_module.minibatch_loss, []
+    real, calls = learner_module.minibatch_loss, []
 
     def poisoned(policy_model, *args, **options):
         report = real(policy_model, *args, **options)
@@ -339,7 +343,7 @@ def test_nan_gradient_skips_the_step_and_spares_the_weights(tmp_path, monkeypatc
             next(policy_model.parameters()).grad[0, 0] = math.nan
         return report
 
-    monkeypatch.setattr(train_module, "minibatch_loss", poisoned)
+    monkeypatch.setattr(learner_module, "minibatch_loss", poisoned)
     assert main(["--algo", "rover", "--model", str(model), "--steps", "3", "--out", str(out), *SMALL_RUN]) == 0
     assert [m["updates/skipped"] for m in read_metrics(out) if "loss" in m] == [0, 1, 1]
     saved = load_file(out / "checkpoints" / "step-3" / "model.safetensors")

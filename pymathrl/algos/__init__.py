@@ -1,6 +1,20 @@
 """The algorithms: each one short file, one record, one line here."""
 
-from pymathrl.algos import cispo, dapo, dr_grpo, grpo, gspo, parallel_r1, rloo, rover, tango
+from pymathrl.algos import (
+    acereason,
+    campo,
+    cispo,
+    dapo,
+    dr_grpo,
+    grpo,
+    gspo,
+    parallel_r1,
+    retool,
+    rloo,
+    rover,
+    tango,
+    tapo,
+)
 from pymathrl.algos.algo import Algo, LossSpec
 
 REGISTRY: dict[str, Algo] = {
@@ -11,6 +25,10 @@ REGISTRY: dict[str, Algo] = {
     "gspo": gspo.ALGO,
     "cispo": cispo.ALGO,
     "rloo": rloo.ALGO,
+    "campo": campo.ALGO,
+    "acereason": acereason.ALGO,
+    "retool": retool.ALGO,
+    "tapo": tapo.ALGO,
     "parallel_r1": parallel_r1.ALGO,
     "tango": tango.ALGO,
 }

@@ -47,6 +47,10 @@ class Memory(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+def _check(train: Any, own: Any) -> None:
+    pass
+
+
 def _draw(ctx: Context, count: int) -> Prompts:
     return ctx.draw(count)
 
@@ -82,6 +86,7 @@ class Algo:
 
     defaults: options of every run that have another default here (the command line and a file still win).
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
+    check(train options, own config): raises UserError for options that do not go together [anything goes].
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
 
     In the order of a step:
@@ -107,6 +112,7 @@ class Algo:
     loss: Callable[[Any], LossSpec]
     defaults: Mapping[str, Any] = field(default_factory=dict)
     min_samples: int = 2
+    check: Callable[[Any, Any], None] = _check
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
     draw: Callable[[Context, int], Prompts] = _draw

@@ -15,6 +15,8 @@ twice that of REINFORCE with the same advantages; the squared residual matters f
 Differs from the released code: the mean over tokens is exact over the optimizer step (there: per micro-batch);
 log pi_old and m_old come from the sampler itself, which runs on the same weights, so there is no second pass over the
 batch. The released mathematics script also divides A by the group's standard deviation: `--adv-scale group_std`.
+`--rover-level response` is the released code's other loss, off in all its scripts: the mean over responses of
+(mean of Q_t over the response - A)^2, without Q'.
 """
 
 from __future__ import annotations
@@ -25,8 +27,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import group_scores
+from pymathrl.algos.common import SEQ_MEAN, group_scores
 from pymathrl.batch import Graded
+from pymathrl.errors import UserError
 from pymathrl.options import at_least, option, positive
 
 if TYPE_CHECKING:
@@ -37,6 +40,9 @@ if TYPE_CHECKING:
 class Config:
     rho: float = positive(1.0, "scale of the Q values, the temperature of the Q policy (paper: 1)")
     beta: float = at_least(0, 1.0, "weight of the next state's value Q' in the target (paper: 1; 0 collapses entropy)")
+    rover_level: str = option(
+        "token", "a residual per token, or per response of its mean Q, without Q'", choices=("token", "response")
+    )
     adv_scale: str = option("none", "divide A by the group's std or not (paper: none)", choices=("none", "group_std"))
     rover_clip: float = option(
         0.0, "bound Q by log(1 +- this) once it is past the target; 0 = off (paper: off, code: 0.2 when on)",
@@ -49,6 +55,11 @@ def advantage(ctx: Context, graded: Graded) -> Tensor:
 
 
 def loss(config: Config) -> LossSpec:
+    if config.rover_level == "response":
+        if config.beta != Config.beta or config.rover_clip:
+            raise UserError("--rover-level response reads neither --beta nor --rover-clip; leave them out")
+        terms = {"rover_level": "response", "rho": config.rho}
+        return LossSpec(form="rover", aggregation=SEQ_MEAN, terms=terms)
     terms = {"rho": config.rho, "beta": config.beta, "rover_clip": config.rover_clip or None}
     return LossSpec(form="rover", aggregation="token-mean", terms=terms)
 

@@ -13,6 +13,7 @@ from pymathrl.ops.attention import (
     paged_attention,
     paged_attention_ref,
 )
+from pymathrl.ops.gae import Gae, gae, value_loss
 from pymathrl.ops.group_advantage import GroupAdvantage, group_advantage, group_advantage_ref
 from pymathrl.ops.linear import linear, linear_out, linear_ref
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, policy_loss_ref
@@ -32,6 +33,7 @@ __all__ = [
     "IMPL",
     "PAGE",
     "WHY",
+    "Gae",
     "GroupAdvantage",
     "PolicyLoss",
     "SampleToken",
@@ -42,6 +44,7 @@ __all__ = [
     "attention",
     "attention_ref",
     "attention_supports",
+    "gae",
     "group_advantage",
     "group_advantage_ref",
     "linear",
@@ -66,4 +69,5 @@ __all__ = [
     "token_logprob_backward_",
     "token_logprob_backward_ref",
     "token_logprob_ref",
+    "value_loss",
 ]

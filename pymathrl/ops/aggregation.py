@@ -24,9 +24,9 @@ def aggregation_coef(
     tokens of the token's sequence, which must be whole within this call. max_length = Lmax, a constant of the run.
 
     mode                        c                    reads             used by
-    "token-mean"                1 / N_step           tokens            DAPO, SPO, ROVER, Lp-Reg, CURE, verl's default
-    "seq-mean-token-sum"        1 / B_step           sequences         REINFORCE, RLOO
-    "seq-mean-token-mean"       1 / (B_step L)       sequences         GRPO as published, GSPO
+    "token-mean"                1 / N_step           tokens            DAPO, CISPO, VESPO, SPO, ROVER, Lp-Reg, CURE
+    "seq-mean-token-sum"        1 / B_step           sequences         REINFORCE, RLOO, LUSPO
+    "seq-mean-token-mean"       1 / (B_step L)       sequences         GRPO as published, GSPO, SAPO
     "dr_grpo"                   1 / (B_step Lmax)    sequences, Lmax   Dr. GRPO, TRL
     "seq-mean-token-sum-norm"   1 / Lmax             Lmax              verl (without 1/B)
     Raises ValueError for an unknown mode and for a count that the mode needs and lacks or that is not positive.

@@ -1,4 +1,5 @@
-"""Policy losses: PPO/GRPO clipping, weighted log-likelihood, sequence ratios, ROVER, Lp-Reg, with KL, entropy and TIS.
+"""Policy losses: clipping (PPO, GRPO), weighted log-likelihood, sequence ratios, ROVER, Lp-Reg, SAPO, VESPO, with KL,
+entropy and TIS.
 
 One pass gives the loss, its gradient and the statistics, so a fused head can use the gradient without autograd, and any
 other loop can call `.loss.backward()`.
@@ -8,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 
 from pymathrl.ops._call import _C, optional_view, stream, use_reference, view
 
-FORMS = ("clip", "weighted", "sequence", "rover", "lp_reg")
+FORMS = ("clip", "weighted", "sequence", "rover", "lp_reg", "sapo", "vespo")
 KLS = ("none", "k1", "k2", "k3", "k1+", "k3+")
 LEVELS = ("token", "sequence", "geometric")
 SUMS, MAXIMA, MINIMA = _C.policy_loss_stats()
@@ -24,6 +25,7 @@ STATS = SUMS + MAXIMA + MINIMA  # the columns of PolicyLoss.stats
 
 MAX_LOG_RATIO = 20.0  # the log-ratio is clamped here before exp (rover does not take exp and does not clamp)
 MAX_SEQUENCE_LOG_RATIO = 10.0
+MIN_WEIGHT_LOG_RATIO = math.log(1e-8)  # vespo's sequence weight stops here and at MAX_LOG_RATIO
 MAX_K3 = 10.0
 
 # The numbers each form reads, with their defaults; any other form-specific number is an error. None = must be given.
@@ -33,8 +35,10 @@ _FORM_NUMBERS: dict[str, dict[str, Any]] = {
     "sequence": {
         "sequence": "mean", "clip_low": None, "clip_high": None, "delta": math.inf, "dual_clip": math.inf,
     },
-    "rover": {"rho": 1.0, "beta": 1.0, "rover_clip": None},
+    "rover": {"rover_level": "token", "rho": 1.0, "beta": 1.0, "rover_clip": None},
     "lp_reg": {"clip_low": 1.0, "clip_high": 9.0, "lp_reg_coef": 1.0},
+    "sapo": {"tau_positive": 1.0, "tau_negative": 1.05},
+    "vespo": {"k_positive": 2.0, "lambda_positive": 3.0, "k_negative": 3.0, "lambda_negative": 2.0},
 }  # fmt: skip
 _FORM_TENSORS = {"rover": ("mean_logp", "old_mean_logp", "link"), "lp_reg": ("proxy_logp", "selected")}
 
@@ -64,6 +68,7 @@ def policy_loss(
     weight_high: float | None = None,
     sequence: str | None = None,
     offsets: torch.Tensor | None = None,
+    rover_level: str | None = None,
     rho: float | None = None,
     beta: float | None = None,
     mean_logp: torch.Tensor | None = None,
@@ -73,7 +78,14 @@ def policy_loss(
     proxy_logp: torch.Tensor | None = None,
     selected: torch.Tensor | None = None,
     lp_reg_coef: float | None = None,
+    tau_positive: float | None = None,
+    tau_negative: float | None = None,
+    k_positive: float | None = None,
+    lambda_positive: float | None = None,
+    k_negative: float | None = None,
+    lambda_negative: float | None = None,
     kl: str = "none",
+    kl_ratio: bool = False,
     kl_coef: float | None = None,
     ref_logp: torch.Tensor | None = None,
     entropy: torch.Tensor | None = None,
@@ -100,19 +112,30 @@ def policy_loss(
         4e-4) or exp(sum x) (sequence "sum": RLOO on sequences, clips 0.2) over the active tokens of each sequence.
         clip_low and clip_high have no default. offsets [S+1] int64 from 0 to N: a call holds whole sequences. Advantage
         and coef should be constant over a sequence; where they are not, "mean" is the token-level variant of GSPO.
+        "mean" with the aggregation "seq-mean-token-sum", a sequence's loss times its length, is LUSPO (2602.05261).
     form "rover": l = (Q - sg(A + beta Q'))^2, Q = rho x, Q' = rho (mean_logp[n+1] - old_mean_logp[n+1]) where link[n],
         else 0. mean_logp and old_mean_logp [N] or [N+1]: the extra element is the row after this chunk. link [N]
         bool/uint8: row n+1 scores the next token of the same sequence and that token is sampled. The three may be left
         out where Q' = 0: beta = 0, or old_logp None. rover_clip e: a Q beyond log(1+e) or log(1-e) whose target is
         further out still becomes that bound. ROVER (2509.24981): rho = beta = 1, no clip (the defaults).
+        rover_level "response": l = (Q - A)^2 with Q = rho (mean x over the active tokens of the sequence of `offsets`),
+        at each of its tokens; the gradient is that of the mean over responses where coef is 1 / (B L). It reads neither
+        beta nor rover_clip nor the means.
     form "lp_reg": "clip" without dual clip, defaults 1.0 and 9.0; where selected [N] bool/uint8 and logp < proxy_logp,
         l = -A r + lp_reg_coef min(k3(proxy_logp - logp), 10). Lp-Reg (2510.03222).
+    form "sapo": l = -A (4/tau) sigmoid(tau (r - 1)), tau = tau_positive (1) where A > 0, else tau_negative (1.05): a
+        clip without an edge, of slope 1 at r = 1. SAPO (2511.20347).
+    form "vespo": l = -sg(phi) A logp, phi = exp(k log w + lambda (1 - w)) with w = exp(sum x) over the sequence of
+        `offsets`, log w in [log 1e-8, 20]; k_positive (2), lambda_positive (3) where A >= 0, else k_negative (3),
+        lambda_negative (2). phi(1) = 1, and 0 far from it on both sides. VESPO (2602.10693).
     x is clamped to [-20, 20] (log s to [-20, 10]) with zero gradient outside; rover's x is not.
 
     Then l *= w with w = exp(old_logp - behaviour_logp), a constant. tis_mode "truncate": min(w, tis_cap); "mask": 0
     where w > tis_cap. tis_level "token"; "sequence" (product) or "geometric" (mean) over each sequence of `offsets`.
+    Form "vespo" takes the token's weight, at least 1e-8, as a factor of its own w instead.
     Then l += kl_coef KL with d = logp - ref_logp: "k1" d; "k2" d^2/2; "k3" exp(-d) + d - 1, at most 10, with zero
-    gradient there; "k1+", "k3+": that value with the gradient of k2. Then l -= entropy_coef entropy. Neither is
+    gradient there; "k1+", "k3+": that value with the gradient of k2. kl_ratio multiplies KL by r, gradient included:
+    its gradient is then that of the reverse KL, also on-policy (2512.02556). Then l -= entropy_coef entropy. Neither is
     multiplied by w. An entropy without a coefficient is counted in the statistics only.
 
     reference: True runs plain torch in the dtype of the inputs (float64 in tests); None leaves it to PYMATHRL_IMPL.
@@ -127,9 +150,9 @@ def policy_loss(
     }  # fmt: skip
     given = tuple([name for name, t in tensors.items() if t is not None])
     numbers, config = _resolve(
-        form, given, old_logp is None, kl, kl_coef, entropy_coef, tis_cap, tis_mode, tis_level,
-        clip_low, clip_high, delta, dual_clip, weight, weight_low, weight_high, sequence, rho, beta, rover_clip,
-        lp_reg_coef,
+        form, given, old_logp is None, kl, kl_ratio, kl_coef, entropy_coef, tis_cap, tis_mode, tis_level,
+        clip_low, clip_high, delta, dual_clip, weight, weight_low, weight_high, sequence, rover_level, rho, beta,
+        rover_clip, lp_reg_coef, tau_positive, tau_negative, k_positive, lambda_positive, k_negative, lambda_negative,
     )  # fmt: skip
     if use_reference() if reference is None else reference:
         result = _reference(logp, old_logp, advantage, coef, tensors, numbers)
@@ -145,6 +168,13 @@ def policy_loss(
 def policy_loss_ref(*args: Any, **options: Any) -> PolicyLoss:
     """policy_loss in plain torch, gradients by autograd, in the dtype of the inputs."""
     return policy_loss(*args, **options, reference=True)
+
+
+def works_on_sequences(form: str, options: Mapping[str, Any]) -> bool:
+    """True where the loss of a token depends on other tokens of its sequence: a call then holds whole sequences and is
+    given `offsets`. options: keyword arguments of policy_loss; tis_level counts where tis_cap is given."""
+    tis = options.get("tis_cap") is not None and options.get("tis_level", "token") != "token"
+    return tis or form in ("sequence", "vespo") or (form == "rover" and options.get("rover_level") == "response")
 
 
 def merge_stats(stats: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -193,6 +223,7 @@ def _resolve(
     given: tuple[str, ...],
     on_policy: bool,
     kl: str,
+    kl_ratio: bool,
     kl_coef: float | None,
     entropy_coef: float,
     tis_cap: float | None,
@@ -206,17 +237,26 @@ def _resolve(
     weight_low: float | None,
     weight_high: float | None,
     sequence: str | None,
+    rover_level: str | None,
     rho: float | None,
     beta: float | None,
     rover_clip: float | None,
     lp_reg_coef: float | None,
+    tau_positive: float | None,
+    tau_negative: float | None,
+    k_positive: float | None,
+    lambda_positive: float | None,
+    k_negative: float | None,
+    lambda_negative: float | None,
 ) -> tuple[dict[str, Any], _C.PolicyLossConfig]:
     """Checks that the options fit together; returns the numbers with defaults filled in, and the kernel's record."""
     _choice("form", form, FORMS)
     wanted = {
         "clip_low": clip_low, "clip_high": clip_high, "delta": delta, "dual_clip": dual_clip, "weight": weight,
-        "weight_low": weight_low, "weight_high": weight_high, "sequence": sequence, "rho": rho, "beta": beta,
-        "rover_clip": rover_clip, "lp_reg_coef": lp_reg_coef,
+        "weight_low": weight_low, "weight_high": weight_high, "sequence": sequence, "rover_level": rover_level,
+        "rho": rho, "beta": beta, "rover_clip": rover_clip, "lp_reg_coef": lp_reg_coef, "tau_positive": tau_positive,
+        "tau_negative": tau_negative, "k_positive": k_positive, "lambda_positive": lambda_positive,
+        "k_negative": k_negative, "lambda_negative": lambda_negative,
     }  # fmt: skip
     numbers = dict(_FORM_NUMBERS[form])
     for name, value in wanted.items():
@@ -252,6 +292,14 @@ def _resolve(
             )
     elif form == "rover":
         means = sum(name in given for name in _FORM_TENSORS["rover"])
+        _choice("rover_level", numbers["rover_level"], ("token", "response"))
+        if numbers["rover_level"] == "response":
+            if means or beta is not None or rover_clip is not None:
+                raise ValueError(
+                    "policy_loss: rover_level 'response' does not read mean_logp, old_mean_logp, link, beta and "
+                    "rover_clip; leave them out"
+                )
+            numbers["beta"] = 0.0
         if means not in (0, 3):
             raise ValueError(
                 "policy_loss: form 'rover' needs mean_logp, old_mean_logp and link together, or none of them"
@@ -265,10 +313,18 @@ def _resolve(
     elif form == "lp_reg":
         need("proxy_logp", "form 'lp_reg'")
         need("selected", "form 'lp_reg'")
+    elif form == "sapo":
+        for name in ("tau_positive", "tau_negative"):
+            if not 0 < numbers[name] < math.inf:
+                raise ValueError(f"policy_loss: {name} must be > 0 and finite, got {numbers[name]}")
 
     _choice("kl", kl, KLS)
-    if kl == "none" and ("ref_logp" in given or kl_coef is not None):
-        raise ValueError("policy_loss: ref_logp and kl_coef are not read with kl 'none'; choose k1, k2, k3, k1+ or k3+")
+    if kl == "none" and ("ref_logp" in given or kl_coef is not None or kl_ratio):
+        raise ValueError(
+            "policy_loss: ref_logp, kl_coef and kl_ratio are not read with kl 'none'; choose k1, k2, k3, k1+ or k3+"
+        )
+    if kl_ratio and form == "sequence":
+        raise ValueError("policy_loss: kl_ratio is the ratio of a token; form 'sequence' has none; leave it out")
     if kl != "none":
         need("ref_logp", f"kl {kl!r}")
         if kl_coef is None:
@@ -280,15 +336,27 @@ def _resolve(
     tis = "behaviour_logp" in given
     if tis != (tis_cap is not None):
         raise ValueError("policy_loss: behaviour_logp and tis_cap go together; give both or neither")
-    over_sequences = form == "sequence" or (tis and tis_level != "token")
+    if form == "vespo" and tis and tis_level != "token":
+        raise ValueError(
+            f"policy_loss: form 'vespo' takes the weight of tokens into its own, got tis_level {tis_level!r}"
+        )
+    if tis_cap is not None and not tis_cap > 0:
+        raise ValueError(f"policy_loss: tis_cap must be > 0, got {tis_cap}")
+    over_sequences = works_on_sequences(form, {**numbers, "tis_cap": tis_cap, "tis_level": tis_level})
     if over_sequences:
-        need("offsets", "form 'sequence'" if form == "sequence" else f"tis_level {tis_level!r}")
+        of_form = works_on_sequences(form, numbers)
+        level = " with rover_level 'response'" if form == "rover" else ""
+        need("offsets", f"form {form!r}{level}" if of_form else f"tis_level {tis_level!r}")
     elif "offsets" in given:
-        raise ValueError("policy_loss: offsets are read by form 'sequence' and tis_level 'sequence', 'geometric' only")
+        raise ValueError(
+            "policy_loss: offsets are read by forms 'sequence' and 'vespo', rover_level 'response' and tis_level "
+            "'sequence', 'geometric' only"
+        )
 
     numbers.update(
-        form=form, kl=kl, kl_coef=kl_coef or 0.0, entropy_coef=entropy_coef, tis=tis_level if tis else None,
-        tis_mode=tis_mode, tis_cap=math.inf if tis_cap is None else tis_cap, over_sequences=over_sequences,
+        form=form, kl=kl, kl_ratio=kl_ratio, kl_coef=kl_coef or 0.0, entropy_coef=entropy_coef,
+        tis=tis_level if tis else None, tis_mode=tis_mode,
+        tis_cap=math.inf if tis_cap is None else tis_cap, over_sequences=over_sequences,
     )  # fmt: skip
     edge = numbers.get("rover_clip")
     config = _C.PolicyLossConfig(
@@ -300,18 +368,24 @@ def _resolve(
         ratio_weight=numbers.get("weight") == "clipped_ratio",
         weight_low=numbers.get("weight_low", 0.0),
         weight_high=math.inf if numbers.get("weight_high") is None else numbers["weight_high"],
-        sequence_mean=numbers.get("sequence", "mean") == "mean",
+        sequence_mean=numbers.get("sequence", "mean") == "mean" and form != "vespo",
         rho=numbers.get("rho", 1.0),
         beta=numbers.get("beta", 0.0),
+        rover_response=numbers.get("rover_level") == "response",
         q_low=-math.inf if edge is None else math.log1p(-edge),
         q_high=math.inf if edge is None else math.log1p(edge),
         lp_reg_coef=numbers.get("lp_reg_coef", 0.0),
+        tau=(numbers.get("tau_positive", 1.0), numbers.get("tau_negative", 1.0)),
+        vespo_positive=(numbers.get("k_positive", 0.0), numbers.get("lambda_positive", 0.0)),
+        vespo_negative=(numbers.get("k_negative", 0.0), numbers.get("lambda_negative", 0.0)),
         kl=KLS.index(kl),
+        kl_ratio=kl_ratio,
         kl_coef=numbers["kl_coef"],
         entropy_coef=entropy_coef,
         tis=LEVELS.index(tis_level) + 1 if tis else 0,
         tis_mask=tis_mode == "mask",
         tis_cap=numbers["tis_cap"],
+        log_tis_cap=math.log(numbers["tis_cap"]),
     )
     return numbers, config
 
@@ -378,14 +452,18 @@ def _reference(
             owner = torch.arange(count.numel(), device=logp.device).repeat_interleave(count)[index]
             lengths = torch.zeros_like(count, dtype=lp.dtype).index_add(0, owner, torch.ones_like(lp)).clamp(min=1)
 
+        def over_sequence(values: torch.Tensor, mean: bool) -> torch.Tensor:
+            """Sum or mean over each sequence, at each of its tokens."""
+            assert owner is not None and lengths is not None
+            total = values.new_zeros(lengths.numel()).index_add(0, owner, values)
+            return (total / lengths if mean else total)[owner]
+
         if o["form"] in ("clip", "sequence", "lp_reg"):
             if owner is not None and lengths is not None and o["form"] == "sequence":
-                s = lp.new_zeros(lengths.numel()).index_add(0, owner, x.detach())
-                log_s = s / lengths if o["sequence"] == "mean" else s
-                gain = 1.0 if o["sequence"] == "mean" else lengths[owner]
+                mean = o["sequence"] == "mean"
                 # The value of the sequence with the slope of the token. d log s / d logp is 1/L of a mean, 1 of a sum;
                 # and each of the L tokens carries the loss of its sequence once.
-                log_s = log_s[owner] + gain * (lp - lp.detach())
+                log_s = over_sequence(x.detach(), mean) + (1.0 if mean else lengths[owner]) * (lp - lp.detach())
                 r = log_s.clamp(-MAX_LOG_RATIO, MAX_SEQUENCE_LOG_RATIO).exp()
             value = torch.maximum(
                 -a * r.clamp(max=o.get("delta", math.inf)), -a * r.clamp(1 - o["clip_low"], 1 + o["clip_high"])
@@ -406,8 +484,28 @@ def _reference(
             value = -w * a * lp
             if ratio_weight:
                 low, high = r < o["weight_low"], r > o["weight_high"]
+        elif o["form"] == "sapo":
+            tau = torch.where(a > 0, lp.new_tensor(o["tau_positive"]), lp.new_tensor(o["tau_negative"]))
+            value = -a * (4 / tau) * torch.sigmoid(tau * (r - 1))
+        elif o["form"] == "vespo":
+            log_w = x.detach().clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+            if o["tis"] is not None:
+                weight = old - pick("behaviour_logp")
+                cap = math.log(o["tis_cap"])
+                bound = MIN_WEIGHT_LOG_RATIO if o["tis_mode"] == "mask" else cap
+                weight = torch.where(weight > cap, bound, weight)
+                log_w = log_w + weight.clamp(MIN_WEIGHT_LOG_RATIO, MAX_LOG_RATIO)
+            log_w = over_sequence(log_w, mean=False).clamp(MIN_WEIGHT_LOG_RATIO, MAX_LOG_RATIO)
+            r = log_w.exp()
+            k = torch.where(a < 0, lp.new_tensor(o["k_negative"]), lp.new_tensor(o["k_positive"]))
+            decay = torch.where(a < 0, lp.new_tensor(o["lambda_negative"]), lp.new_tensor(o["lambda_positive"]))
+            value = -(k * log_w + decay * (1 - r)).exp() * a * lp
         else:
-            q, next_q = o["rho"] * x, torch.zeros_like(lp)
+            if o["rover_level"] == "response":  # the value of the sequence with the slope of the token, as above
+                x_of_q = over_sequence(x.detach(), mean=True) + (lp - lp.detach())
+            else:
+                x_of_q = x
+            q, next_q = o["rho"] * x_of_q, torch.zeros_like(lp)
             if tensors["link"] is not None:
                 linked = pick("link") != 0
                 mean, old_mean = tensors["mean_logp"], tensors["old_mean_logp"]
@@ -435,13 +533,11 @@ def _reference(
         if o["tis"] is not None:
             log_w = old - pick("behaviour_logp")
             if o["tis"] != "token":
-                assert owner is not None and lengths is not None
-                log_w = lp.new_zeros(lengths.numel()).index_add(0, owner, log_w)
-                log_w = (log_w / lengths if o["tis"] == "geometric" else log_w)[owner]
+                log_w = over_sequence(log_w, mean=o["tis"] == "geometric")
             w = log_w.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp().detach()
             over = w > o["tis_cap"]
             w = torch.where(over, torch.full_like(w, 0.0 if o["tis_mode"] == "mask" else o["tis_cap"]), w)
-            value = w * value
+            value = value if o["form"] == "vespo" else w * value
             tis_weight = w
         else:
             tis_weight = torch.ones_like(lp)
@@ -451,6 +547,8 @@ def _reference(
             kl = {"k1": d, "k2": k2, "k3": _k3(-d)}[o["kl"][:2]]
             if o["kl"].endswith("+"):
                 kl = k2 - k2.detach() + kl.detach()
+            if o["kl_ratio"]:
+                kl = kl * x.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
             value = value + o["kl_coef"] * kl
             sums["kl"] = kl.sum()
         if entropy is not None:

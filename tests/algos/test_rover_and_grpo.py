@@ -7,6 +7,7 @@ import torch
 
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY
+from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.rollout import Engine
 from tests.algos.cases import check_gradient, context, graded, make_batch, move, sampled, with_rewards
@@ -47,6 +48,13 @@ def rover_equations(rho, beta):
     return loss
 
 
+def rover_response_equations(rho):
+    def loss(rows):
+        return torch.stack([(rho * (r.logp - r.old_logp).mean() - r.advantage[0]).square() for r in rows]).mean()
+
+    return loss
+
+
 def grpo_equations(low, high):
     def loss(rows):
         terms = [torch.minimum(r.ratio * r.advantage, r.ratio.clamp(1 - low, 1 + high) * r.advantage) for r in rows]
@@ -59,6 +67,7 @@ def grpo_equations(low, high):
     "name, flags, equations",
     [
         ("rover", ["--rho", "0.7", "--beta", "0.8"], rover_equations(0.7, 0.8)),
+        ("rover", ["--rho", "0.7", "--rover-level", "response"], rover_response_equations(0.7)),
         ("grpo", ["--clip-low", "0.1", "--clip-high", "0.15"], grpo_equations(0.1, 0.15)),
     ],
 )
@@ -70,6 +79,13 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, flags,
     batch = make_batch(ctx, with_rewards(sampled(policy), reward))
     move(policy)
     check_gradient(ctx, batch, equations, budget)
+
+
+@pytest.mark.parametrize("other", [{"beta": 0.5}, {"rover_clip": 0.2}])
+def test_rover_over_responses_refuses_what_it_does_not_read(other):
+    algo = REGISTRY["rover"]
+    with pytest.raises(UserError, match="reads neither --beta nor --rover-clip"):
+        algo.loss(algo.config(rover_level="response", **other))
 
 
 def test_first_rover_update_is_twice_reinforce():

@@ -62,20 +62,48 @@ def cispo(logp, detach: bool):
     return -(ratio.detach() if detach else ratio) * DATA["advantage"] * logp
 
 
-def k3_loss(logp, d):
+def rover_response(logp, divide: bool = True):
+    x = 3.0 * (logp - DATA["old_logp"])
+    length = over_sequences(torch.ones_like(x)).clamp(min=1) if divide else 1.0
+    return (over_sequences(x) / length + x - x.detach() - DATA["advantage"]) ** 2
+
+
+def over_sequences(x: torch.Tensor) -> torch.Tensor:
+    """Sum over the unmasked tokens of each sequence, at each of its tokens; a constant."""
+    owner = torch.arange(SEQUENCE_LENGTH.numel()).repeat_interleave(SEQUENCE_LENGTH)
+    x = torch.where(DATA["mask"], x.detach(), 0.0)
+    return x.new_zeros(SEQUENCE_LENGTH.numel()).index_add(0, owner, x)[owner]
+
+
+def sapo(logp, detach: bool = False):
+    tau = torch.where(DATA["advantage"] > 0, 1.0, 4.0)
+    ratio = (logp - DATA["old_logp"]).exp()
+    gate = 4 * torch.sigmoid(tau * (ratio - 1)) / tau
+    return -(gate.detach() * logp if detach else gate) * DATA["advantage"]
+
+
+def vespo(logp, sign: float = 1.0, detach: bool = True):
+    log_w = over_sequences(logp - DATA["old_logp"])
+    log_w = (log_w if detach else log_w + logp - logp.detach()).clamp(-18.42, 20)
+    negative = sign * DATA["advantage"] < 0
+    k, decay = torch.where(negative, 3.0, 2.0), torch.where(negative, 2.0, 3.0)
+    return -(k * log_w + decay * (1 - log_w.exp())).exp() * DATA["advantage"] * logp
+
+
+def k3_loss(logp, d, factor=1.0):
     ratio = (logp - DATA["old_logp"]).exp()
     a = DATA["advantage"]
     policy = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
-    return policy + 0.5 * (d.exp() - d - 1).clamp(max=10)
+    return policy + 0.5 * factor * (d.exp() - d - 1).clamp(max=10)
 
 
 def grad(case: str, **changes) -> torch.Tensor:
     return call(DATA, case, **changes).grad_logp
 
 
+SEQUENCE_LENGTH = DATA["offsets"].diff()
 TIS = (DATA["old_logp"] - DATA["behaviour_logp"]).exp().clamp(max=1.2)
 KL_SHARE = grad("everything") - grad("everything", kl_coef=0.0)
-SEQUENCE_LENGTH = DATA["offsets"].diff()
 
 # name -> (the case it pretends to be, the gradient that a wrong kernel gives)
 MUTANTS = {
@@ -123,6 +151,35 @@ MUTANTS = {
     ),
     "ROVER without the next Q": ("rover", lambda: grad("rover", beta=0.0)),
     "ROVER target not detached": ("rover", lambda: rover_with(mean_of, detach=False)),
+    "ROVER by token for ROVER by response": ("rover_response", lambda: grad("rover", rho=3.0, beta=0.0)),
+    "ROVER's sum over a response for its mean": (
+        "rover_response",
+        lambda: autograd(lambda lp: rover_response(lp, divide=False)),
+    ),
+    "ROVER by response, gradient divided by the length once more": (
+        "rover_response",
+        lambda: grad("rover_response") / SEQUENCE_LENGTH.repeat_interleave(SEQUENCE_LENGTH),
+    ),
+    "ROVER by response over masked tokens": ("rover_response", lambda: grad("rover_response", use_mask=False)),
+    "SAPO with its temperatures swapped": (
+        "sapo",
+        lambda: grad("sapo", tau_positive=4.0, tau_negative=1.0),
+    ),
+    "SAPO without 4/tau": ("sapo", lambda: grad("sapo") * torch.where(DATA["advantage"] > 0, 1.0, 4.0)),
+    "SAPO's gate as a weight": ("sapo", lambda: autograd(lambda lp: sapo(lp, detach=True))),
+    "SAPO as a hard clip": ("sapo", lambda: grad("clip")),
+    "VESPO with the signs swapped": ("vespo", lambda: autograd(lambda lp: vespo(lp, sign=-1.0))),
+    "VESPO not detached": ("vespo", lambda: autograd(lambda lp: vespo(lp, detach=False))),
+    "VESPO with masked tokens in its weight": ("vespo", lambda: grad("vespo", use_mask=False)),
+    "VESPO without its weight": ("vespo", lambda: grad("weighted_one")),
+    "VESPO with TIS as a factor": ("vespo_tis", lambda: TIS * grad("vespo")),
+    "VESPO without TIS": ("vespo_tis", lambda: grad("vespo")),
+    "VESPO truncates TIS where it should mask": ("vespo_mask", lambda: grad("vespo_mask", tis_mode="truncate")),
+    "KL by ratio, the ratio a constant": (
+        "kl_ratio",
+        lambda: autograd(lambda lp: k3_loss(lp, DATA["ref_logp"] - lp, (DATA["logp"] - DATA["old_logp"]).exp())),
+    ),
+    "KL not multiplied by the ratio": ("kl_ratio", lambda: grad("kl_ratio", kl_ratio=False)),
     "ROVER's clip left out": ("rover_clip", lambda: grad("rover", rho=1.0, beta=1.0)),
     "Lp-Reg on every candidate": ("lp_reg", lambda: grad("lp_reg", proxy_logp=DATA["proxy_logp"].abs())),
     "Lp-Reg without the proxy": ("lp_reg", lambda: grad("lp_reg", lp_reg_coef=0.0)),
@@ -159,8 +216,12 @@ def test_wrong_policy_gradients_are_refused(name):
     [
         ("rover", lambda: rover_with(lambda lp: DATA["mean_logp"])),
         ("rover", lambda: rover_with(mean_of)),
+        ("rover_response", lambda: autograd(rover_response)),
+        ("sapo", lambda: autograd(sapo)),
+        ("vespo", lambda: autograd(vespo)),
         ("weighted_ratio", lambda: autograd(lambda lp: cispo(lp, detach=True))),
         ("kl_k3", lambda: autograd(lambda lp: k3_loss(lp, DATA["ref_logp"] - lp))),
+        ("kl_ratio", lambda: autograd(lambda lp: k3_loss(lp, DATA["ref_logp"] - lp, (lp - DATA["old_logp"]).exp()))),
     ],
 )
 def test_the_formulas_of_the_mutants_are_right_unmutated(case, formula):
@@ -339,6 +400,8 @@ def test_wrong_slopes_of_the_activation_are_refused():
     for slope in (s, s * (1 - s), s * (1 - gate * (1 - s)), s * (1 + gate * s)):
         assert not accepts(torch.cat([dout * up * slope, dup], -1).float(), ref32, ref64)
     assert not accepts(torch.cat([dup, dout * up * s * (1 + gate * (1 - s))], -1).float(), ref32, ref64)
+
+
 WIDTH = 1000
 LOGITS = 5 * torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(4))
 SUPPORT = torch.empty(64, support_bytes(WIDTH), dtype=torch.uint8)

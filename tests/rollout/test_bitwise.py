@@ -86,7 +86,7 @@ def assert_scored(policy: Policy, rollout: Rollout, temperature: float = 1.0) ->
     shuffled = torch.randperm(rollout.rows, generator=torch.Generator().manual_seed(0))
     for budget, order in ((1, None), (70, torch.arange(rollout.rows).flip(0)), (100_000, shuffled)):
         part = rollout if order is None else rollout.select(order)
-        for got, name in zip(score(policy, part, temperature, budget), FIELDS, strict=True):
+        for got, name in zip(score(policy, part, temperature, budget)[:3], FIELDS, strict=True):
             assert_same(got, getattr(part, name), f"{name}, budget {budget}")
 
 
@@ -122,7 +122,7 @@ def test_same_numbers_for_any_number_of_threads(
         threads(count)
         assert_same_rollout(engine.generate(prompts[:2], N, limit, uids=uids[: 2 * N]), part)
     threads(2)
-    for got, name in zip(score(policy, part, 1.0, 70), FIELDS, strict=True):
+    for got, name in zip(score(policy, part, 1.0, 70)[:3], FIELDS, strict=True):
         assert_same(got, getattr(part, name), name)
 
 
