@@ -224,7 +224,9 @@ class _Writer:
     def _rollout(self, capped: set[int]) -> Rollout:
         size = torch.tensor([1 + len(r.branches) for r in self.rows])
         of = torch.arange(len(self.rows)).repeat_interleave(size)
-        made = self.engine.rollout([s for r in self.rows for s in (r.seq, *r.branches)], of // self.draws.samples)
+        made = self.engine.rollout(
+            [s for r in self.rows for s in (r.seq, *r.branches)], (of // self.draws.samples).tolist()
+        )
         stop = torch.tensor([r.stop for r in self.rows], dtype=torch.int8)
         move = lambda values: values.to(made.device)
         made = replace(made, parent=move((size.cumsum(0) - size)[of]), stop=move(stop[of]))

@@ -161,8 +161,8 @@ def read_verdict(text: str, steps: int, compact: bool) -> Verdict:
     if compact:
         if len(text) != steps + 1 or not set(text) <= set(SIGNS):
             return Verdict(None, None, 0.0)
-        verdicts = [1 if c == "+" else -1 for c in text]
-        return Verdict(verdicts[:-1], verdicts[-1] == 1, 1.0)
+        signs = [1 if c == "+" else -1 for c in text]
+        return Verdict(signs[:-1], signs[-1] == 1, 1.0)
     inside = re.search(r"<step_verification>(.*?)</step_verification>", text, re.DOTALL)
     blocks = TAGGED.findall(inside.group(1)) if inside else []
     found = [re.fullmatch(r"<step>(.*)\\boxed\{(CORRECT|INCORRECT)\}\W*</step>", b, re.DOTALL) for b in blocks]
@@ -170,8 +170,8 @@ def read_verdict(text: str, steps: int, compact: bool) -> Verdict:
     final = re.search(r"<final_verification>\s*\\boxed\{(CORRECT|INCORRECT)\}\s*</final_verification>", text)
     counted = len(verdicts) == len(blocks) == steps
     rules = (counted, counted and all(m.group(1).strip() for m in verdicts), final is not None)
-    signs = [1 if m.group(2) == "CORRECT" else -1 for m in verdicts] if counted else None
-    return Verdict(signs, final.group(1) == "CORRECT" if final else None, sum(rules) / len(rules))
+    steps_read = [1 if m.group(2) == "CORRECT" else -1 for m in verdicts] if counted else None
+    return Verdict(steps_read, final.group(1) == "CORRECT" if final else None, sum(rules) / len(rules))
 
 
 def question(ctx: Context, verifier: Policy, solution: Solution) -> list[int]:
@@ -211,6 +211,8 @@ def verifications(ctx: Context, solutions: Sequence[Solution], first: int, count
     compact = verifier.prompt_style == "compact"
     ids = [question(ctx, verifier, s) for s in solutions]
     most = [min(own.verify_tokens, len(s.ends) + 1) if compact else own.verify_tokens for s in solutions]
+    room = [max(1, verifier.config.max_positions - len(prompt)) for prompt in ids]
+    most = [min(pair) for pair in zip(most, room, strict=True)]
     uids = [s.uid * LOOKS + look for s in solutions for look in range(first, first + count)]
     options = ctx.draws.sampling
     if compact:  # ruled out by a filter, the other tokens are left out of the log-probs of the update too

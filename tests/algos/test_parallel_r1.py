@@ -130,21 +130,45 @@ def test_draws_do_not_depend_on_what_is_written_beside_them():
     assert other.tokens != alone.tokens or not torch.equal(other.ids, alone.ids), "draws.seed, as evaluations use it"
 
 
-def test_a_fifth_block_is_ruled_out_and_the_response_goes_on(monkeypatch):
-    """A model that is pushed to open blocks and to close summaries, in every token that it draws."""
-    ctx = context("parallel_r1", "--max-new-tokens", "120", "--open", "model", "--path-tokens", "3")
-    liked = ctx.tokens("\n</answer>1")
-    real = ctx.engine.segment
+def push(ctx, text, monkeypatch):
+    """Makes every token of `text` likely wherever the engine draws."""
+    liked, real = ctx.tokens(text), ctx.engine.segment
 
     def pushed(seqs, most, *, hook=None, **options):
-        def push(names, logits, stats):
+        def like(names, logits, stats):
             logits = logits.clone() if hook is None else hook(names, logits, stats)
             logits[:, liked] += 8.0
             return logits
 
-        return real(seqs, most, hook=push, **options)
+        return real(seqs, most, hook=like, **options)
 
     monkeypatch.setattr(ctx.engine, "segment", pushed)
+
+
+def test_tags_of_several_tokens(monkeypatch):
+    """They are found in the text; a fifth opening tag is ruled out at its last token."""
+    tags = parallel_r1.Tags(("::", ""), ("?(", ")?"), (">(", ")>"), odd=("::", "?(", ")?", ">(", ")>"))
+    monkeypatch.setattr(parallel_r1, "tags_of", lambda ctx: tags)
+    ctx = context("parallel_r1", "--max-new-tokens", "200", "--open", "model", "--path-tokens", "12")
+    push(ctx, ":)>?1", monkeypatch)
+    prompts = ctx.draw(3)
+    rollout = parallel_r1.rollout(ctx, prompts, ctx.draws)
+    rollout.validate()
+    blocks = (torch.bincount(rollout.parent, minlength=rollout.rows) - 1)[rollout.main_rows]
+    texts = ctx.verify(rollout, prompts.problems).main.texts
+    assert int(blocks.max()) == parallel_r1.BLOCKS
+    assert max(tags.count(text)[0] for text in texts) >= 1
+    for text, opened in zip(texts, blocks.tolist(), strict=True):
+        assert opened <= text.count("?(") // 2 + 1 and text.count("?(") <= 2 * parallel_r1.BLOCKS
+        if opened == parallel_r1.BLOCKS:
+            behind = text.rsplit(">(", 1)[-1].partition(")>")[2]
+            assert "::" not in behind
+
+
+def test_a_fifth_block_is_ruled_out_and_the_response_goes_on(monkeypatch):
+    """A model that is pushed to open blocks and to close summaries, in every token that it draws."""
+    ctx = context("parallel_r1", "--max-new-tokens", "120", "--open", "model", "--path-tokens", "3")
+    push(ctx, "\n</answer>1", monkeypatch)
     rollout = parallel_r1.rollout(ctx, ctx.draw(3), ctx.draws)
     rollout.validate()
     blocks = (torch.bincount(rollout.parent, minlength=rollout.rows) - 1)[rollout.main_rows]
