@@ -21,6 +21,7 @@ from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
 from pymathrl.prompt import Prompts, draw, encode, encode_prompt
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
+from pymathrl.rollout.draws import SAMPLE_BITS
 from pymathrl.tasks import Problem, Task
 from pymathrl.tasks.prompt_style import noted
 from pymathrl.verify import verify
@@ -95,6 +96,10 @@ class Context:
         self.at.cursor = prompts.cursor
         return prompts
 
+    def problem_of(self, uid: int) -> Problem:
+        """The problem that a sample of training with this identity answers, see `Draws.uids`."""
+        return self.task.train(uid >> SAMPLE_BITS, self.train.seed)
+
     def encode(self, problem: Problem, note: str = "") -> list[int]:
         """The prompt of a problem as token ids, with a line of text below the question where one is given."""
         if note:
@@ -154,10 +159,10 @@ class Context:
                 )
         return self._reference
 
-    def new_learner(self, policy: Policy, updates: int) -> Learner:
-        """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
-        Keep it in the memory and save its `state_dict`."""
-        return Learner(policy, self.train, updates=updates)
+    def new_learner(self, policy: Policy, updates: int, **options: Any) -> Learner:
+        """Another model to train beside the policy, under the run's options but for `options` of these; `updates`: its
+        optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return Learner(policy, replace(self.train, **options), updates=updates)
 
     def new_critic(self, lr: float, updates: int) -> CriticLearner:
         """A critic to train beside the policy, of its layers as they are now, under the same options but for the

@@ -11,7 +11,8 @@ import torch
 from pymathrl.errors import UserError
 from pymathrl.tasks.problem import Problem
 
-MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
+SAMPLE_BITS = 16  # of a sample's identity, which is (problem uid, these bits)
+MAX_SAMPLES = 1 << SAMPLE_BITS
 
 
 @dataclass(frozen=True)
@@ -47,4 +48,4 @@ def sample_uids(problems: Sequence[Problem], samples: int, first: int | Sequence
     if most > MAX_SAMPLES:
         raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {most}")
     problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
-    return ((problem << 16)[:, None] + firsts[:, None] + torch.arange(samples)).flatten()
+    return ((problem << SAMPLE_BITS)[:, None] + firsts[:, None] + torch.arange(samples)).flatten()

@@ -501,6 +501,33 @@ def test_forks_share_pages_and_go_their_own_ways(policy: Policy, engine: Engine)
     assert engine.tokens(d)[len(history) :] == naive_draws(policy, history, len(prompt), 5, 1, SEED)[0]
 
 
+def test_forks_of_many_sequences_are_those_of_each(policy: Policy) -> None:
+    """Also where not all of them find room at once."""
+    uids = list(range(50, 50 + 2 * len(PROMPTS)))
+    single, many = Engine(policy, SEED), Engine(policy, SEED, max_batch=2)
+    a, b = single.start(PROMPTS, range(len(PROMPTS))), many.start(PROMPTS, range(len(PROMPTS)))
+    copies = [c for i, seq in enumerate(a) for c in single.fork(seq, 2, uids[2 * i : 2 * i + 2])]
+    together = many.fork(b, 2, uids)
+    for engine, seqs in ((single, a + copies), (many, b + together)):
+        engine.segment(seqs, 6, stop_ids=())
+    assert many.lengths(b) == [len(p) + 6 for p in PROMPTS]
+    assert_same_rollout(many.rollout(b + together), single.rollout(a + copies))
+    many.free(b + together)
+    assert_no_pages(many)
+
+
+def test_a_segment_with_a_seed_and_a_limit_of_each_sequence(policy: Policy) -> None:
+    limits = [3 + i for i in range(len(PROMPTS))]
+    want = Engine(policy, SEED).generate(PROMPTS, 1, limits, seed=SEED + 1, stop_ids=())
+    engine = Engine(policy, SEED)
+    seqs = engine.start(PROMPTS, range(len(PROMPTS)))
+    assert engine.segment(seqs, limits, seed=SEED + 1, stop_ids=()) == ["length"] * len(seqs)
+    assert_same_rollout(engine.rollout(seqs), want)
+    for bad, message in (([1], "one number or"), ([*limits[1:], 0], ">= 1, got 0")):
+        with pytest.raises(ValueError, match=message):
+            engine.segment(seqs, bad)
+
+
 def test_fork_before_anything_was_drawn(policy: Policy, engine: Engine) -> None:
     (a,) = engine.start([PROMPTS[4]], uids=[0])
     forks = engine.fork(a, 3, uids=[1, 2, 3])
