@@ -57,8 +57,8 @@ class Config(ppo.Config):
     reflect: str = option("", f"text at the end of a restart; empty: {TOKEN} where the vocabulary has it, else a "
                               "phrase in the prompt's style")  # fmt: skip
     orm: str = option("none", "outcome model: none (its logit is 0), or bt, trained on pairs", choices=("none", "bt"))
-    orm_normalize: str = option("batch", "its logits: less their mean, divided by their std, over the responses of a "
-                                         "draw; or as they are", choices=("batch", "none"))  # fmt: skip
+    orm_normalize: str = option("none", "its logits: as they are, or less their mean, divided by their std, over the "
+                                        "responses of a draw", choices=("none", "batch"))  # fmt: skip
 
 
 def check(train: TrainConfig, own: Config) -> None:
