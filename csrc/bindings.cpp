@@ -17,6 +17,7 @@
 #include "row_kernels.h"
 #include "rotary.h"
 #include "sample_token.h"
+#include "soft_embed.h"
 #include "swiglu.h"
 #include "token_logprob.h"
 
@@ -263,6 +264,62 @@ void sample_token(const Tensor& logits, const Tensor& uid, const Tensor& step, c
   p.top_p = top_p;
   p.min_p = min_p;
   launch(args, stream, p, sample_token_cpu, CUDA_TWIN(sample_token_cuda));
+}
+
+void soft_embed(const Tensor& logits, const Tensor& table, const Tensor* uid, const Tensor* step, const Tensor& weights,
+                const Tensor& mean, const Tensor& inputs, const Tensor& ids, const Tensor& numbers, uint64_t seed,
+                uint32_t stream_id, double temperature, double sigma, int64_t top_k, uintptr_t stream) {
+  Args args("soft_embed", logits);
+  args.check_dtype("logits", logits, DType::f32);
+  SoftEmbedParams p{};
+  p.row_stride = args.rows("logits", logits);
+  p.rows = logits.size[0];
+  p.width = logits.size[1];
+  p.columns = table.size[1];
+  p.logits = static_cast<const float*>(logits.data);
+  p.dtype = args.activation_dtype("table", table);
+  p.table = args.dense("table", table, p.dtype, {p.width, p.columns});
+  p.uid = args.optional<int64_t>("uid", uid, {p.rows});
+  p.step = args.optional<int64_t>("step", step, {p.rows});
+  args.check_dtype("weights", weights, DType::f32);
+  p.weight_stride = args.rows("weights", weights);
+  if (weights.size[0] != p.rows || weights.size[1] != p.width)
+    fail("soft_embed: weights must have shape ", shape_text(logits.size, 2), " like logits, got ",
+         shape_text(weights.size, 2));
+  p.weights = static_cast<float*>(weights.data);
+  p.mean = args.dense<float>("mean", mean, {p.rows, p.columns});
+  p.inputs = args.dense("inputs", inputs, p.dtype, {p.rows, p.columns});
+  p.ids = args.dense<int64_t>("ids", ids, {p.rows});
+  p.logp = args.dense<float>("numbers", numbers, {4, p.rows});
+  p.entropy = p.logp + p.rows;
+  p.mean_logp = p.entropy + p.rows;
+  p.kept_mass = p.mean_logp + p.rows;
+  p.seed = seed;
+  p.stream = stream_id;
+  p.temperature = temperature;
+  p.sigma = sigma;
+  p.top_k = top_k;
+  launch(args, stream, p, soft_embed_cpu, CUDA_TWIN(soft_embed_cuda));
+}
+
+void soft_embed_backward(const Tensor& weights, const Tensor& dots, const Tensor& grad_logp, double temperature,
+                         uintptr_t stream) {
+  Args args("soft_embed_backward", weights);
+  SoftEmbedGradParams p{};
+  args.check_dtype("weights", weights, DType::f32);
+  args.check_dtype("dots", dots, DType::f32);
+  p.weight_stride = args.rows("weights", weights);
+  p.dot_stride = args.rows("dots", dots);
+  p.rows = weights.size[0];
+  p.width = weights.size[1];
+  if (dots.size[0] != p.rows || dots.size[1] != p.width)
+    fail("soft_embed_backward: dots must have shape ", shape_text(weights.size, 2), " like weights, got ",
+         shape_text(dots.size, 2));
+  p.weights = static_cast<const float*>(weights.data);
+  p.dots = static_cast<float*>(dots.data);
+  p.grad_logp = args.dense<float>("grad_logp", grad_logp, {p.rows});
+  p.temperature = temperature;
+  launch(args, stream, p, soft_embed_backward_cpu, CUDA_TWIN(soft_embed_backward_cuda));
 }
 
 void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, uint64_t seed, uint32_t stream_id) {
@@ -542,6 +599,12 @@ PYBIND11_MODULE(_C, m) {
         py::arg("top_p"), py::arg("min_p"), py::arg("support"), py::arg("stream"));
   m.def("philox_uniform", &philox_uniforms, py::arg("uid"), py::arg("step"), py::arg("out"), py::arg("seed"),
         py::arg("stream_id"));
+
+  m.def("soft_embed", &soft_embed, py::arg("logits"), py::arg("table"), py::arg("uid"), py::arg("step"),
+        py::arg("weights"), py::arg("mean"), py::arg("inputs"), py::arg("ids"), py::arg("numbers"), py::arg("seed"),
+        py::arg("stream_id"), py::arg("temperature"), py::arg("sigma"), py::arg("top_k"), py::arg("stream"));
+  m.def("soft_embed_backward", &soft_embed_backward, py::arg("weights"), py::arg("dots"), py::arg("grad_logp"),
+        py::arg("temperature"), py::arg("stream"));
 
   m.def("attention", &attention, py::arg("qkv"), py::arg("offsets"), py::arg("out"), py::arg("lse"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("stream"));

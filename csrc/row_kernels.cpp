@@ -232,6 +232,32 @@ void gradient(const TokenLogprobGradParams& p, int64_t row) {
     grad_row_any<f16>(p, row, g);
 }
 
+void mix(const float* weights, const float* const* entries, int64_t count, int64_t columns, float* const* out) {
+  for_parts(columns, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    f32x16 sum[kMixRows];
+    for (int r = 0; r < kMixRows; ++r) sum[r] = splat(0.0f);
+    auto add = [&](int64_t i, f32x16 entry) __attribute__((always_inline)) {
+      for (int r = 0; r < kMixRows; ++r) sum[r] += entry * weights[i * kMixRows + r];
+    };
+    if (n == kLanes)
+      for (int64_t i = 0; i < count; ++i) add(i, load16(entries[i] + c));
+    else
+      for (int64_t i = 0; i < count; ++i) add(i, load_part(entries[i] + c, n, 0.0f));
+    for (int r = 0; r < kMixRows; ++r) store_some(out[r] + c, n, load_some(out[r] + c, n, 0.0f) + sum[r]);
+  });
+}
+
+double dot(const float* a, const float* b, int64_t width) {
+  double sum = 0;
+  sum_in_order(
+      width,
+      [&](BlockSums& part, int64_t j, int64_t count) __attribute__((always_inline)) {
+        part.add(load_some(a + j, count, 0.0f), load_some(b + j, count, 0.0f));
+      },
+      [&](int64_t, const BlockSums& block) __attribute__((always_inline)) { sum += sum_lanes(block.ed); });
+  return sum;
+}
+
 float max(const void* row, DType dtype, int64_t width) {
   if (dtype == DType::f32) return max_of(static_cast<const float*>(row), width);
   if (dtype == DType::bf16) return max_of(static_cast<const bf16*>(row), width);
@@ -266,7 +292,7 @@ RowSums filter(const void* row, DType dtype, int64_t width, const Cut& cut, floa
 }  // namespace
 
 extern const RowKernels kernels;
-const RowKernels kernels = {max, sums, filter, find_in_block, gradient};
+const RowKernels kernels = {max, sums, filter, find_in_block, gradient, mix, dot};
 
 }  // namespace PYMATHRL_LEVEL
 }  // namespace pymathrl

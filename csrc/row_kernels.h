@@ -1,10 +1,12 @@
-// The loops over one row of logits that token_logprob and sample_token run on a CPU, for the processor at hand. All levels
-// give the same bits: the lanes of a sum are fixed in the code (kLanes), and nothing is contracted to a fused multiply-add.
+// The loops over rows of logits that token_logprob, sample_token and soft_embed run on a CPU, for the processor at hand.
+// All levels give the same bits: the lanes of a sum are fixed in the code (kLanes), and nothing is contracted to a fused multiply-add.
 #pragma once
 #include "sample_token.h"
 #include "token_logprob.h"
 
 namespace pymathrl {
+
+constexpr int kMixRows = 4;  // rows of a tile of `mix`: with 16 columns its sums are 8 of the 16 registers of AVX2
 
 struct RowKernels {
   // Largest element (nan is passed over; -inf where nothing is above it).
@@ -28,6 +30,13 @@ struct RowKernels {
 
   // One row of token_logprob's backward.
   void (*gradient)(const TokenLogprobGradParams& p, int64_t row);
+
+  // out[r][c] += sum over i < count of weights[kMixRows i + r] entries[i][c], summed in order of i from 0, for
+  // c < columns and r < kMixRows.
+  void (*mix)(const float* weights, const float* const* entries, int64_t count, int64_t columns, float* const* out);
+
+  // sum over j < width of a_j b_j, in the order of the sums above; a_j = 0 adds 0 whatever b_j is.
+  double (*dot)(const float* a, const float* b, int64_t width);
 };
 
 // The kernels of the best level that this processor has, or of PYMATHRL_SIMD=base|v3|v4 (tests compare the levels).

@@ -86,19 +86,25 @@ size_t top_p_count(std::vector<Candidate>& c, double target) {
   return count;
 }
 
+// The first k logits in the order of the filters, the last of them at the end.
+void take_top_k(const Row& row, int64_t k, const float* e, Scratch& s) {
+  auto& c = s.candidates;
+  c.clear();
+  const float bound = top_k_bound(row, k, s.piece_max);
+  for (int64_t j = 0; j < row.width; ++j)
+    if (float z = row.element(j); z >= bound) c.push_back({z, e ? e[j] : 0.0f, j});
+  std::nth_element(c.begin(), c.begin() + (k - 1), c.end(), before);
+  c.resize(static_cast<size_t>(k));
+}
+
 Cut find_cut(const SampleTokenParams& p, const Row& row, const float* e, double sum, Scratch& s) {
   Cut cut;
   if (!filtered(p)) return cut;
   cut.floor = min_p_threshold(p.min_p);
   if (!by_top_k(p) && !by_top_p(p)) return cut;
   auto& c = s.candidates;
-  c.clear();
   if (by_top_k(p)) {
-    float bound = top_k_bound(row, p.top_k, s.piece_max);
-    for (int64_t j = 0; j < row.width; ++j)
-      if (float z = row.element(j); z >= bound) c.push_back({z, e[j], j});
-    std::nth_element(c.begin(), c.begin() + (p.top_k - 1), c.end(), before);
-    c.resize(static_cast<size_t>(p.top_k));
+    take_top_k(row, p.top_k, e, s);
     if (!by_top_p(p)) {
       cut.z = c.back().z;
       cut.index = c.back().index;
@@ -107,6 +113,7 @@ Cut find_cut(const SampleTokenParams& p, const Row& row, const float* e, double 
     sum = 0;
     for (const Candidate& one : c) sum += one.e;
   } else {
+    c.clear();
     // All tokens below this together hold at most (1 - top_p) of the mass: none of them is kept.
     float bound = static_cast<float>((1.0 - p.top_p) * sum / static_cast<double>(row.width)) * 0.999f;
     for (int64_t j = 0; j < row.width; ++j)
@@ -157,6 +164,15 @@ void sample_row(const SampleTokenParams& p, int64_t index, float inverse_t, Scra
 }
 
 }  // namespace
+
+Cut top_k_cut(const void* row, DType dtype, int64_t width, int64_t k) {
+  static thread_local Scratch s;
+  take_top_k({row, dtype, width, row_kernels()}, k, nullptr, s);
+  Cut cut;
+  cut.z = s.candidates.back().z;
+  cut.index = s.candidates.back().index;
+  return cut;
+}
 
 void sample_token_cpu(const SampleTokenParams& p) {
   float inverse_t = static_cast<float>(1.0 / sample_temperature(p));

@@ -56,6 +56,9 @@ struct Cut {
   }
 };
 
+// The cut of top-k alone, 0 < k < width, on a CPU.
+Cut top_k_cut(const void* row, DType dtype, int64_t width, int64_t k);
+
 HD double sample_temperature(const SampleTokenParams& p) { return p.temperature == 0.0 ? 1.0 : p.temperature; }
 HD bool by_top_k(const SampleTokenParams& p) { return p.top_k > 0 && p.top_k < p.width; }
 HD bool by_top_p(const SampleTokenParams& p) { return p.top_p < 1.0; }

@@ -52,6 +52,14 @@ def sample_token(
     logits: Tensor, uid: Tensor, step: Tensor, ids: Tensor, numbers: Tensor, seed: int, stream_id: int,
     temperature: float, top_k: int, top_p: float, min_p: float, support: Tensor | None, stream: int,
 ) -> None: ...
+def soft_embed(
+    logits: Tensor, table: Tensor, uid: Tensor | None, step: Tensor | None, weights: Tensor, mean: Tensor,
+    inputs: Tensor, ids: Tensor, numbers: Tensor, seed: int, stream_id: int, temperature: float, sigma: float,
+    top_k: int, stream: int,
+) -> None: ...
+def soft_embed_backward(
+    weights: Tensor, dots: Tensor, grad_logp: Tensor, temperature: float, stream: int
+) -> None: ...
 def philox_uniform(uid: Tensor, step: Tensor, out: Tensor, seed: int, stream_id: int) -> None: ...
 
 def attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -87,5 +88,6 @@ def mask_tokens(batch: Batch, config: TrainConfig) -> Batch:
 def _not_sampled(rollout: Rollout, tokens: Tensor) -> Rollout:
     """`tokens` bool [T] as forced tokens: in the context, not in the loss."""
     gone = tokens & rollout.sampled_mask
-    zeroed = {name: torch.where(gone, 0.0, getattr(rollout, name)) for name in ("logp", "mean_logp", "entropy")}
+    names = ("logp", "mean_logp", "entropy")
+    zeroed: dict[str, Any] = {name: torch.where(gone, 0.0, getattr(rollout, name)) for name in names}
     return replace(rollout, role=torch.where(gone, ROLE_FORCED, rollout.role).to(torch.int8), **zeroed)

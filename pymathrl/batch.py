@@ -10,11 +10,13 @@ Rows of one group (the samples of one prompt) are contiguous. Nothing here is ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pymathrl.ops.soft_embed import SoftSampling
 from pymathrl.tasks.problem import Grade, Problem
 
 ROLE_PROMPT = 0  # given by the task
@@ -72,6 +74,13 @@ class Rollout:
     support_offsets  int64 [T+1]
     support_ids      int32 [M]
 
+    Only where the policy made soft tokens, None elsewhere: it was fed a vector of its own instead of a row of its
+    embedding table (see `soft_embed`). ids then holds the most probable token, logp the density of the vector up to a
+    constant, entropy and mean_logp are those of the distribution that was mixed.
+    soft           bool [T]   True at a soft token; one that is not to be trained may have role ROLE_FORCED
+    soft_inputs    [S,D]      the vectors of the S soft tokens, in their order, of the model's dtype
+    soft_sampling             how they were made
+
     Only where a response has tokens that were drawn without all that stands before them in its row (one of several
     paths that are joined later), None elsewhere. There such tokens are forced, and a branch row of their own, which
     stands behind the response's main row, holds them in the context that they were drawn in; so every sampled token is
@@ -92,6 +101,9 @@ class Rollout:
     stop: Tensor
     support_ids: Tensor | None = None
     support_offsets: Tensor | None = None
+    soft: Tensor | None = None
+    soft_inputs: Tensor | None = None
+    soft_sampling: SoftSampling | None = None
     parent: Tensor | None = None
 
     @property
@@ -186,12 +198,16 @@ class Rollout:
         if self.support_ids is not None and self.support_offsets is not None:
             picked, support_offsets = _gather_index(self.support_offsets, index)
             support_ids = self.support_ids[picked]
+        made = self.soft_of(index)
         return Rollout(
             **{name: getattr(self, name)[index] for name in _TOKEN_FIELDS},
             offsets=offsets,
             **{name: getattr(self, name)[rows] for name in _ROW_FIELDS},
             support_ids=support_ids,
             support_offsets=support_offsets,
+            soft=None if made is None else made[0],
+            soft_inputs=None if made is None else made[1],
+            soft_sampling=None if made is None else self.soft_sampling,
             parent=self._select_parent(rows),
         )
 
@@ -209,9 +225,9 @@ class Rollout:
     def with_prompts(self, prompts: Sequence[Sequence[int]]) -> Rollout:
         """The same responses behind other prompts, prompts[b] for row b: the context in which they are trained, while
         their log-probs stay those of the context in which they were drawn."""
-        if self.support_ids is not None:
+        if self.support_ids is not None or self.soft is not None:
             raise ValueError(
-                "Rollout.with_prompts: expected rows drawn without top-k, top-p or min-p, got filtered ones"
+                "Rollout.with_prompts: expected rows drawn without top-k, top-p or min-p and without soft tokens"
             )
         size = torch.tensor([len(p) for p in prompts], device=self.device)
         new = torch.zeros_like(self.offsets)
@@ -235,12 +251,30 @@ class Rollout:
         row = torch.repeat_interleave(torch.arange(tokens.numel(), device=self.device), offsets.diff())
         return row, self.support_ids[picked].long()
 
+    def soft_of(self, tokens: Tensor) -> tuple[Tensor, Tensor] | None:
+        """(which of these tokens are soft, bool like tokens; their vectors, in this order); None where none is."""
+        if self.soft is None or self.soft_inputs is None or not bool(self.soft[tokens].any()):
+            return None
+        chosen = self.soft[tokens]
+        return chosen, self.soft_inputs[(self.soft.cumsum(0) - 1)[tokens[chosen]]]
+
     def to(self, device: torch.device | str) -> Rollout:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Rollout(**{name: value.to(device) for name, value in values.items() if value is not None})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        values |= {name: value.to(device) for name, value in values.items() if isinstance(value, Tensor)}
+        return Rollout(**values)
 
     def cpu(self) -> Rollout:
         return self.to("cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fields as tensors and plain values, for a checkpoint; `Rollout.restore` takes them back."""
+        state = {name: value for name, value in vars(self).items() if value is not None}
+        return state | ({"soft_sampling": asdict(self.soft_sampling)} if self.soft_sampling is not None else {})
+
+    @staticmethod
+    def restore(state: Mapping[str, Any]) -> Rollout:
+        how = state.get("soft_sampling")
+        return Rollout(**{**state, "soft_sampling": None if how is None else SoftSampling(**how)})
 
     def validate(self) -> None:
         """Raises ValueError naming the field, what was expected and what was found."""
@@ -252,7 +286,7 @@ class Rollout:
             _check("Rollout", name, getattr(self, name), (rows,), dtype)
         for f in fields(self):
             value = getattr(self, f.name)
-            if value is not None:
+            if isinstance(value, Tensor):
                 _require(
                     value.device == self.device, "Rollout", f.name, f"a tensor on {self.device} like ids", value.device
                 )
@@ -282,6 +316,15 @@ class Rollout:
             size = self.support_offsets.diff()
             ok = (size == 0) | ((size > 0) & self.sampled_mask)
             _require_all(ok, size, "Rollout", "support_offsets", "rising values, a support only where sampled")
+        made = (self.soft, self.soft_inputs, self.soft_sampling)
+        given = sum(value is not None for value in made)
+        _require(given in (0, 3), "Rollout", "soft", "soft, soft_inputs and soft_sampling together", f"{given} of them")
+        if self.soft is not None and self.soft_inputs is not None:
+            _check("Rollout", "soft", self.soft, (tokens,), torch.bool)
+            _require_all(~self.soft | (self.role != ROLE_PROMPT), self.soft, "Rollout", "soft", "False in prompts")
+            count, vectors = int(self.soft.sum()), self.soft_inputs
+            _require(vectors.shape[:-1] == (count,), "Rollout", "soft_inputs", f"[{count},D]", list(vectors.shape))
+            _require(bool(torch.isfinite(vectors).all()), "Rollout", "soft_inputs", "finite values", "nan or inf")
         if self.parent is not None:
             _check("Rollout", "parent", self.parent, (rows,), torch.int64)
             own = torch.arange(rows, device=self.device)
@@ -313,14 +356,21 @@ class Rollout:
             support_ids = torch.cat([p.support_ids for p in parts if p.support_ids is not None])
             sizes = [p.support_offsets.diff() if p.support_offsets is not None else p.ids * 0 for p in parts]
             support_offsets = torch.cat([offsets[0], torch.cat(sizes).cumsum(0)])
+        made = {p.soft_sampling for p in parts if p.soft_sampling is not None}
+        if len(made) > 1:
+            raise ValueError(f"Rollout.concat: expected soft tokens made in one way, got {made}")
+        soft = soft_inputs = None
+        if made:
+            soft = torch.cat([torch.zeros_like(p.ids, dtype=torch.bool) if p.soft is None else p.soft for p in parts])
+            soft_inputs = torch.cat([p.soft_inputs for p in parts if p.soft_inputs is not None])
         parent = None
         if any(p.parent is not None for p in parts):
             first = torch.tensor([p.rows for p in parts], device=joined["group"].device).cumsum(0)
             own = [torch.arange(p.rows, device=p.device) if p.parent is None else p.parent for p in parts]
             parent = torch.cat([o + end - p.rows for o, end, p in zip(own, first, parts, strict=True)])
         return Rollout(
-            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets,
-            parent=parent,
+            offsets=torch.cat(offsets), **joined, support_ids=support_ids, support_offsets=support_offsets, soft=soft,
+            soft_inputs=soft_inputs, soft_sampling=made.pop() if made else None, parent=parent,
         )  # fmt: skip
 
 
@@ -505,6 +555,7 @@ class MicroBatch:
     token_index   int64 [N]    index of each sampled token in the rollout's packed arrays
     targets       int64 [N]    the sampled tokens: rollout.ids[token_index]
     offsets       int64 [b+1]  row i of the micro-batch owns the sampled tokens offsets[i] .. offsets[i+1]
+    inputs        None, or (int64 [s] into ids, [s,D]): the fed soft tokens and their vectors, see `Decoder.hidden`
     """
 
     rows: Tensor
@@ -514,6 +565,7 @@ class MicroBatch:
     token_index: Tensor
     targets: Tensor
     offsets: Tensor
+    inputs: tuple[Tensor, Tensor] | None = None
 
 
 def micro_batches(rollout: Rollout, rows: Tensor | Sequence[int], token_budget: int) -> Iterator[MicroBatch]:
@@ -547,6 +599,7 @@ def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
     offsets = torch.zeros_like(ends)
     offsets[1:] = torch.bincount(row[at], minlength=rows.numel()).cumsum(0)
     token_index = index[at]
+    made = rollout.soft_of(index[fed])
     return MicroBatch(
         rows=rows,
         ids=rollout.ids[index[fed]],
@@ -555,6 +608,7 @@ def _micro_batch(rollout: Rollout, rows: Tensor) -> MicroBatch:
         token_index=token_index,
         targets=rollout.ids[token_index],
         offsets=offsets,
+        inputs=None if made is None else (made[0].nonzero()[:, 0], made[1]),
     )
 
 

@@ -106,16 +106,17 @@ class Filter:
         c = self.carry
         if c is None:
             return {}
-        rollout = {k: v for k, v in vars(c.rollout).items() if v is not None}
-        return {"rollout": rollout, "uids": [p.uid for p in c.problems], "reward": c.reward, "correct": c.correct,
-                "extra": dict(c.extra), "step": self.carry_step}  # fmt: skip
+        return {
+            "rollout": c.rollout.state_dict(), "uids": [p.uid for p in c.problems], "reward": c.reward,
+            "correct": c.correct, "extra": dict(c.extra), "step": self.carry_step,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.carry, self.carry_step = None, -1
         if not state:
             return
         problems = [self.ctx.task.train(uid, self.ctx.train.seed) for uid in state["uids"]]
-        graded = self.ctx.verify(Rollout(**state["rollout"]).to(self.ctx.policy.device), problems)
+        graded = self.ctx.verify(Rollout.restore(state["rollout"]).to(self.ctx.policy.device), problems)
         move = lambda values: values.to(self.ctx.policy.device)
         self.carry = replace(
             graded, reward=move(state["reward"]), correct=move(state["correct"]),

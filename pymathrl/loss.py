@@ -15,16 +15,63 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos import LossSpec
-from pymathrl.batch import ROLE_SAMPLED, Batch, keep_support, micro_batches
+from pymathrl.batch import ROLE_SAMPLED, Batch, Rollout, keep_support, micro_batches
 from pymathrl.config import TrainConfig
 from pymathrl.models import Decoder
 from pymathrl.ops.aggregation import aggregation_coef
 from pymathrl.ops.linear import linear_out
 from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, works_on_sequences
+from pymathrl.ops.soft_embed import SoftEmbed, SoftSampling, soft_embed, soft_embed_backward
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
 WORKSPACE_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}  # of one chunk of fp32 logits
 ROW_MULTIPLE = 16  # rows per chunk: whole tiles of the GEMMs
+
+
+@dataclass(frozen=True)
+class SoftTerms:
+    """Which of N tokens are soft, and what they were: constants without gradient.
+
+    index     int64 [S]  rising
+    inputs    [S,D]      the vectors that were drawn, of the model's dtype
+    sampling             how
+    table     [V,D]      the embedding table, of which their means are mixed: it gets a gradient
+    """
+
+    index: Tensor
+    inputs: Tensor
+    sampling: SoftSampling
+    table: Tensor
+
+    def score(self, logits: Tensor, begin: int) -> tuple[Tensor, SoftEmbed] | None:
+        """logits [n,V] of tokens begin .. begin+n-1 -> (the rows of the soft tokens among them, what they were); None
+        where there is none."""
+        bounds = torch.tensor([begin, begin + logits.shape[0]], device=self.index.device)
+        piece, s = slice(*torch.searchsorted(self.index, bounds).tolist()), self.sampling
+        at = self.index[piece] - begin
+        if not at.numel():
+            return None
+        return at, soft_embed(
+            logits[at], self.table.detach(), temperature=s.temperature, sigma=s.sigma, top_k=s.top_k,
+            inputs=self.inputs[piece],
+        )  # fmt: skip
+
+    def gradient(self, scored: SoftEmbed, grad_logp: Tensor, grad_table: Tensor) -> Tensor:
+        """The gradient of the logits; that of the table is added to `grad_table`."""
+        dlogits, shares = soft_embed_backward(
+            scored, self.table.detach(), grad_logp, temperature=self.sampling.temperature, sigma=self.sampling.sigma
+        )
+        grad_table.addmm_(scored.weights.t().to(grad_table.dtype), shares)
+        return dlogits
+
+
+def soft_terms(rollout: Rollout, tokens: Tensor, table: Tensor) -> SoftTerms | None:
+    """Of these tokens of the rollout; None where none is soft."""
+    made = rollout.soft_of(tokens)
+    if made is None:
+        return None
+    assert rollout.soft_sampling is not None, "Rollout.validate: soft tokens say how they were made"
+    return SoftTerms(made[0].nonzero()[:, 0], made[1], rollout.soft_sampling, table)
 
 
 @dataclass(frozen=True)
@@ -37,6 +84,8 @@ class TokenTerms:
     offsets                    int64 [S+1] a loss that `works_on_sequences`: rows of each sequence
     support                    (row, id) int64 [M] each, rising in row: where tokens were drawn under filters, the ids
                                that each token was drawn from; the distribution is renormalised over them
+    soft                       where there are soft tokens: their log-prob is the density of their vector, their entropy
+                               and mean log-prob are those of the distribution that was mixed
     extra                      name -> [N]: further inputs of `policy_loss` by name, such as ref_logp
     """
 
@@ -47,6 +96,7 @@ class TokenTerms:
     link: Tensor | None = None
     offsets: Tensor | None = None
     support: tuple[Tensor, Tensor] | None = None
+    soft: SoftTerms | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
 
     def rows(self, begin: int, end: int) -> TokenTerms:
@@ -64,8 +114,8 @@ class TokenTerms:
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """loss: fp32 scalar, differentiable in hidden and weight. logp, entropy, mean_logp: fp32 [N], of the policy now.
-    stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
+    """loss: fp32 scalar, differentiable in hidden, weight and the table of soft tokens. logp, entropy, mean_logp: fp32
+    [N], of the policy now. stats: fp32 [K], see `pymathrl.ops.policy_loss.STATS`."""
 
     loss: Tensor
     logp: Tensor
@@ -91,9 +141,12 @@ def fused_policy_loss(
     Chunks go from the last row to the first, so that ROVER's target, which looks one token ahead, finds it computed.
     A loss over sequences needs every log-prob of its sequence first: with several chunks it takes a pass of its own.
     """
+    if terms.soft is not None and spec.terms.get("entropy_coef"):
+        raise ValueError("fused_policy_loss: soft tokens have no entropy bonus; expected entropy_coef 0")
     rows = _chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
     record: dict[str, Any] = {}
-    loss = _FusedHead.apply(hidden, weight, targets, terms, spec, temperature, max(1, rows), record)
+    table = None if terms.soft is None else terms.soft.table
+    loss = _FusedHead.apply(hidden, weight, table, targets, terms, spec, temperature, max(1, rows), record)
     return HeadLoss(loss, record["logp"], record["entropy"], record["mean_logp"], record["stats"])
 
 
@@ -105,23 +158,28 @@ def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
 class _FusedHead(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, terms: TokenTerms, spec: LossSpec,
-        temperature: float, chunk_rows: int, record: dict[str, Any],
+        ctx: Any, hidden: Tensor, weight: Tensor, table: Tensor | None, targets: Tensor, terms: TokenTerms,
+        spec: LossSpec, temperature: float, chunk_rows: int, record: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         n, vocab = hidden.shape[0], weight.shape[0]
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        grad_table = None if table is None else torch.zeros_like(table)
         logp, entropy, mean_logp = (torch.empty(n, dtype=torch.float32, device=hidden.device) for _ in range(3))
         workspace = torch.empty(min(n, chunk_rows), vocab, dtype=torch.float32, device=hidden.device)
         starts = list(range(0, n, chunk_rows))[::-1]
         over_sequences = works_on_sequences(spec.form, spec.terms)
 
-        def scores(begin: int, end: int) -> tuple[Tensor, Tensor]:
+        def scores(begin: int, end: int) -> tuple[Tensor, Tensor, tuple[Tensor, SoftEmbed] | None]:
             logits = linear_out(hidden[begin:end], weight, workspace[: end - begin])
             if terms.support is not None:
                 keep_support(logits, terms.support, begin)
             row = token_logprob(logits, targets[begin:end], temperature=temperature)
             logp[begin:end], entropy[begin:end], mean_logp[begin:end] = row.logp, row.entropy, row.mean_logp
-            return logits, row.lse
+            made = None if terms.soft is None else terms.soft.score(logits, begin)
+            if made is not None:
+                at, soft = begin + made[0], made[1]
+                logp[at], entropy[at], mean_logp[at] = soft.logp, soft.entropy, soft.mean_logp
+            return logits, row.lse, made
 
         def token_loss(begin: int, end: int) -> PolicyLoss:
             part = terms.rows(begin, end)
@@ -143,7 +201,7 @@ class _FusedHead(torch.autograd.Function):
         stats = [] if whole is None else [whole.stats]
         for begin in starts:
             end = min(n, begin + chunk_rows)
-            logits, lse = scores(begin, end)
+            logits, lse, made = scores(begin, end)
             if whole is None:
                 out = token_loss(begin, end)
                 loss, grad_logp, grad_entropy = loss + out.loss, out.grad_logp, out.grad_entropy
@@ -151,22 +209,27 @@ class _FusedHead(torch.autograd.Function):
             else:
                 grad_logp = whole.grad_logp[begin:end]
                 grad_entropy = None if whole.grad_entropy is None else whole.grad_entropy[begin:end]
+            if made is not None:
+                soft_grad, grad_logp = grad_logp[made[0]], grad_logp.index_fill(0, made[0], 0.0)
             token_logprob_backward_(
                 logits, targets[begin:end], lse, entropy[begin:end], grad_logp, grad_entropy, temperature
             )
+            if made is not None and terms.soft is not None and grad_table is not None:
+                logits[made[0]] = terms.soft.gradient(made[1], soft_grad, grad_table)
             dlogits = logits.to(weight.dtype)
             torch.mm(dlogits, weight, out=grad_hidden[begin:end])
             grad_weight.addmm_(dlogits.t(), hidden[begin:end])
         record.update(logp=logp, entropy=entropy, mean_logp=mean_logp, stats=merge_stats(stats))
-        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_table)
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grad_loss.to(grad_hidden.dtype)  # in place: both buffers are this node's own
-        return grad_hidden.mul_(scale), grad_weight.mul_(scale), None, None, None, None, None, None
+        grad_hidden, grad_weight, grad_table = ctx.saved_tensors
+        scale = grad_loss.to(grad_hidden.dtype)  # in place: the buffers are this node's own
+        grad_table = None if grad_table is None else grad_table.mul_(scale)
+        return grad_hidden.mul_(scale), grad_weight.mul_(scale), grad_table, None, None, None, None, None, None
 
 
 @dataclass
@@ -251,10 +314,11 @@ def minibatch_loss(
     )  # fmt: skip
     for micro in micro_batches(rollout, live, token_budget):
         at = micro.token_index
-        hidden = model.hidden(micro.ids, micro.starts)[micro.hidden_index]
+        hidden = model.hidden(micro.ids, micro.starts, micro.inputs)[micro.hidden_index]
         inputs = TokenTerms(
             old_logp=rollout.logp[at], advantage=mini.advantage[at], coef=mini.weight[at] * mini.coef[at],
             old_mean_logp=rollout.mean_logp[at], link=link[at], offsets=micro.offsets, support=rollout.support_of(at),
+            soft=soft_terms(rollout, at, model.embed),
             extra={name: values[at] for name, values in extra.items()},
         )  # fmt: skip
         out = fused_policy_loss(hidden, model.head_weight, micro.targets, inputs, spec, temperature=temperature)

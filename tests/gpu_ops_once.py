@@ -21,6 +21,7 @@ from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes
+from pymathrl.ops.soft_embed import soft_embed
 from pymathrl.ops.swiglu import swiglu, swiglu_out
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -87,6 +88,18 @@ def run_sample_token(device: str) -> None:
             sample_token(logits, 1, uid, step, support=support, **options)
 
 
+def run_soft_embed(device: str) -> None:
+    uid, step = torch.arange(ROWS).to(device), torch.arange(ROWS).to(device)
+    for width in (131, VOCAB, 9001):  # each size of the softmax's team
+        logits = (3 * torch.randn(ROWS, width + 1)).to(device)[:, 1:].detach().requires_grad_()
+        for dtype in activations(device):
+            table = torch.randn(width, 45).to(device, dtype).requires_grad_()
+            for top_k in (0, 9):
+                options = {"temperature": 0.5, "sigma": 0.3, "top_k": top_k}
+                drawn = soft_embed(logits.detach(), table.detach(), noise=(1, uid, step), **options)
+                soft_embed(logits, table, inputs=drawn.inputs, **options).logp.sum().backward()
+
+
 def run_attention(device: str) -> None:
     offsets = torch.tensor([0, 19, 19, 40]).to(device)
     for heads, kv_heads, head_dim in ((4, 2, 16), (5, 1, 40), (3, 3, 64), (2, 1, 256)):
@@ -150,6 +163,7 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "policy_loss": run_policy_loss,
     "token_logprob": run_token_logprob,
     "sample_token": run_sample_token,
+    "soft_embed": run_soft_embed,
     "attention": run_attention,
     "rms_norm": run_rms_norm,
     "rotary": run_rotary,

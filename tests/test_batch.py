@@ -20,6 +20,7 @@ from pymathrl.batch import (
     keep_support,
     micro_batches,
 )
+from pymathrl.ops.soft_embed import SoftSampling
 
 
 def make_rollout(shape: list[tuple[int, int]], group: list[int] | None = None, forced: bool = False) -> Rollout:
@@ -57,6 +58,15 @@ FILTERED = replace(
     SMALL,
     support_ids=torch.tensor([9, 30, 31, 5, 6, 7, 11, 12], dtype=torch.int32),
     support_offsets=torch.tensor([0, 0, 0, 1, 3, 3, 3, 5, 5, 5, 5, 6, 8]),
+)
+
+
+# tokens 3, 4 and 6
+SOFT = replace(
+    SMALL,
+    soft=torch.tensor([i in (3, 4, 6) for i in range(12)]),
+    soft_inputs=torch.tensor([[3.0, 3.5], [4.0, 4.5], [6.0, 6.5]]),
+    soft_sampling=SoftSampling(0.5, 0.1),
 )
 
 
@@ -141,6 +151,51 @@ def test_keep_support() -> None:
     assert logits.tolist() == [[-inf, -inf, -inf, -inf, 4], [5, -inf, -inf, 8, -inf], [10, 11, 12, 13, 14]]
 
 
+def test_soft_tokens_keep_their_vectors() -> None:
+    """Rows are (0..4), (5, 6), (7..11); through selection, concatenation and micro-batches."""
+    SOFT.validate()
+    picked = SOFT.select([2, 1, 0, 1])
+    picked.validate()
+    assert picked.soft is not None and picked.soft_inputs is not None
+    assert picked.ids[picked.soft].tolist() == [16, 13, 14, 16]
+    assert picked.soft_inputs[:, 0].tolist() == [6, 3, 4, 6]
+    assert SOFT.select([2]).soft is None and SOFT.select([2]).soft_sampling is None
+    joined = Rollout.concat([SMALL, SOFT, SOFT.select([1])])
+    joined.validate()
+    assert joined.soft is not None and joined.soft.nonzero()[:, 0].tolist() == [15, 16, 18, 25]
+    assert joined.soft_inputs is not None and joined.soft_inputs[:, 0].tolist() == [3, 4, 6, 6]
+    assert Rollout.concat([SMALL, SMALL]).soft is None
+    state = SOFT.state_dict()
+    assert all(isinstance(value, torch.Tensor) or name == "soft_sampling" for name, value in state.items())
+    assert state["soft_sampling"] == {"temperature": 0.5, "sigma": 0.1, "top_k": 0}
+    assert Rollout.restore(state).soft_sampling == SOFT.soft_sampling
+    assert Rollout.restore(FILTERED.state_dict()).soft is None
+    (micro,) = micro_batches(SOFT, [1, 0], 100)
+    assert micro.inputs is not None  # token 6 is row 1's last and is not fed, nor is token 4
+    assert micro.ids[micro.inputs[0]].tolist() == [13] and micro.inputs[1].tolist() == [[3.0, 3.5]]
+    made = SOFT.soft_of(torch.tensor([6, 2, 3]))
+    assert made is not None and made[0].tolist() == [True, False, True] and made[1][:, 0].tolist() == [6, 3]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"soft_inputs": None}, "together"),
+        ({"soft": torch.arange(12) == 0}, "False in prompts"),
+        ({"soft_inputs": torch.zeros(2, 2)}, r"\[3,D\]"),
+        ({"soft_inputs": torch.full((3, 2), torch.nan)}, "finite"),
+    ],
+)
+def test_soft_tokens_are_checked(wrong: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(SOFT, **wrong).validate()
+
+
+def test_soft_tokens_made_in_two_ways_do_not_mix() -> None:
+    with pytest.raises(ValueError, match="made in one way"):
+        Rollout.concat([SOFT, replace(SOFT, soft_sampling=SoftSampling(0.5, 0.2))])
+
+
 # Rows 0 and 3 are responses, 1 and 2 the first one's branches; the second stands alone.
 BRANCHED = replace(
     make_rollout([(2, 5), (2, 3), (2, 4), (1, 3)], group=[0, 0, 0, 1]),
@@ -171,8 +226,11 @@ def test_branch_rows_belong_to_the_response_before_them() -> None:
 
 
 def test_to_keeps_every_field() -> None:
-    moved = make_batch(replace(FILTERED, parent=torch.arange(3))).to("meta")
-    assert all(getattr(moved.rollout, f.name).device.type == "meta" for f in fields(Rollout))
+    soft = {name: getattr(SOFT, name) for name in ("soft", "soft_inputs", "soft_sampling")}
+    moved = make_batch(replace(FILTERED, parent=torch.arange(3), **soft)).to("meta")
+    for f in fields(Rollout):
+        value = getattr(moved.rollout, f.name)
+        assert value == SOFT.soft_sampling if f.name == "soft_sampling" else value.device.type == "meta"
     assert moved.reward.device.type == moved.coef.device.type == "meta"
     assert torch.equal(make_batch(SMALL).cpu().rollout.ids, SMALL.ids)
 

@@ -59,6 +59,10 @@ def _rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     return ctx.generate(prompts, draws)
 
 
+def _verify(ctx: Context, rollout: Rollout, prompts: Prompts) -> Graded:
+    return ctx.verify(rollout, prompts.problems)
+
+
 def _judge(ctx: Context, graded: Graded) -> Graded:
     return graded
 
@@ -88,12 +92,15 @@ class Algo:
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
     check(train options, own config): raises UserError for options that do not go together [anything goes].
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
+    trained_beside: models of the policy's size that it may train beside it; the memory plan leaves room for them.
 
     In the order of a step:
     draw(ctx, count) -> Prompts: the next problems [the next of the task's stream].
     rollout(ctx, prompts, draws) -> Rollout: responses, `draws.samples` per prompt or another number, rows of a prompt
         together, group = its number [ctx.generate]. tools: evaluations use it too, for what it writes is not what the
         policy alone would [they sample plainly].
+    verify(ctx, rollout, prompts) -> Graded: the verdict on each row, where it is no answer to a problem of the task
+        [the task's].
     judge(ctx, graded) -> Graded: rewards of its own, second passes over the rows, other rows in their place [as
         graded]. --filter looks at groups after this.
     advantage, as above.
@@ -115,8 +122,10 @@ class Algo:
     check: Callable[[Any, Any], None] = _check
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
+    trained_beside: int = 0
     draw: Callable[[Context, int], Prompts] = _draw
     rollout: Callable[[Context, Prompts, Draws], Rollout] = _rollout
+    verify: Callable[[Context, Rollout, Prompts], Graded] = _verify
     judge: Callable[[Context, Graded], Graded] = _judge
     shape: Callable[[Context, Graded, Batch], Batch] = _shape
     terms: Callable[[Context, Batch], Mapping[str, Tensor]] | None = None

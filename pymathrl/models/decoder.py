@@ -144,9 +144,10 @@ class Decoder(nn.Module):
             self._rope = rope_table(self.config, min(limit, max(256, 2 * positions)), self.device)
         return self._rope
 
-    def hidden(self, ids: Tensor, offsets: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, offsets: Tensor, inputs: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """ids int64 [T]: B sequences one after the other, sequence b = ids[offsets[b] : offsets[b+1]], offsets int64
-        [B+1] -> [T,D] after the last norm. Differentiable in the weights. Positions start at 0 in each sequence."""
+        [B+1] -> [T,D] after the last norm. Differentiable in the weights. Positions start at 0 in each sequence.
+        inputs: (int64 [s], [s,D]): positions in ids that are fed these vectors instead of rows of the table."""
         if ids.ndim != 1 or offsets.ndim != 1:
             raise ValueError(
                 f"Decoder.hidden: expected ids [T] and offsets [B+1], got {list(ids.shape)} and {list(offsets.shape)}"
@@ -156,6 +157,8 @@ class Decoder(nn.Module):
         longest = int(lengths.max())
         rope = self.rope(longest)
         x, branch = F.embedding(ids, self.embed), None
+        if inputs is not None:
+            x = x.index_put((inputs[0],), inputs[1])
         for layer in self.blocks:
             x, branch = layer(x, branch, position, rope, offsets, longest)
         return add_rms_norm(cast(Tensor, branch), x, self.norm, self.config.rms_norm_eps)[1]

@@ -22,6 +22,7 @@ from pymathrl.ops.attention import PAGE, paged_attention
 from pymathrl.ops.linear import linear_out
 from pymathrl.ops.rms_norm import rms_norm_out
 from pymathrl.ops.sample_token import sample_token, support_bytes
+from pymathrl.ops.soft_embed import SoftOut, SoftSampling, soft_embed
 from pymathrl.ops.swiglu import swiglu_out
 
 HEAD_BYTES = 64 << 20  # of the logits held at once: head and draw run over chunks of rows
@@ -96,6 +97,8 @@ class Buffers:
     """What a pass of up to `rows` rows works on; a pass of fewer rows uses the first of each.
 
     ids       int64 [rows]  the token that is fed; after a pass until "token" the one that was drawn
+    stream    [rows, D]     before a pass the input of each row: the embedding of its token (`embed`), or a soft token's
+                            vector; after a pass until "token" that of what was drawn, ready for the next
     slot      int64 [rows]  the sequence; -1 = none, the row's results mean nothing
     position  int64 [rows]  of the fed token in its sequence
     uid       int64 [rows]  the sample of the row, and
@@ -124,6 +127,17 @@ class Buffers:
         self.logits = torch.empty(self.head_rows, c.vocab_size, dtype=torch.float32, device=like.device)
         self.numbers = torch.zeros(4 * rows, dtype=torch.float32, device=like.device)
         self._support: Tensor | None = None
+        self._mean: Tensor | None = None
+
+    def embed(self, model: Decoder, rows: int) -> None:
+        """The inputs of the first `rows` rows become the embeddings of their ids."""
+        torch.index_select(model.embed.detach(), 0, self.ids[:rows], out=self.stream[:rows])
+
+    def mean(self, rows: int) -> Tensor:
+        """fp32 [rows, D], a chunk's mixed embeddings before their noise; made when first asked for."""
+        if self._mean is None:
+            self._mean = torch.zeros(self.head_rows, self.hidden.shape[1], device=self.logits.device)
+        return self._mean[:rows]
 
     def support(self, rows: int) -> Tensor:
         """uint8 [rows, ceil(V/8)], for the tokens that filters leave; made when first asked for."""
@@ -151,6 +165,7 @@ class Pass:
 
     until "cache": keys and values are written, no more (prefill). "hidden": buffers.hidden is made as well. "token":
     a token is drawn for each row into buffers.ids, with buffers.numbers and `support`, and position and draw move on.
+    With `SoftSampling` it is a soft token: its vector is in buffers.stream, its most probable token in buffers.ids.
 
     support  uint8 [rows, ceil(V/8)]: the tokens that the filters left, as in `sample_token`; None without filters
     replay   False: run once, not worth a recording
@@ -163,14 +178,15 @@ class Pass:
         buffers: Buffers,
         rows: int,
         until: Until,
-        sampling: Sampling | None = None,
+        sampling: Sampling | SoftSampling | None = None,
         seed: int = 0,
         replay: bool = True,
     ) -> None:
         self.model, self.cache, self.buffers, self.rows, self.until = model, cache, buffers, rows, until
         self.sampling, self.seed = sampling or Sampling(), seed
         self.rope = model.rope(min(model.config.max_positions, cache.table.shape[1] * PAGE))
-        self.support = buffers.support(rows) if until == "token" and self.sampling.truncates else None
+        truncates = until == "token" and isinstance(self.sampling, Sampling) and self.sampling.truncates
+        self.support = buffers.support(rows) if truncates else None
         with torch.no_grad():
             self._run: Callable[[], None] = self._once
             if replay:
@@ -182,7 +198,6 @@ class Pass:
         self._run()
 
     def _once(self) -> None:
-        self._embed()
         self._kernels()
         self._advance()
 
@@ -197,7 +212,6 @@ class Pass:
             program.end()
 
         def run() -> None:
-            self._embed()
             program.run()
             self._advance()
 
@@ -215,10 +229,6 @@ class Pass:
             with torch.cuda.graph(graph):
                 self._once()
         return graph.replay
-
-    def _embed(self) -> None:
-        b = self.buffers
-        torch.index_select(self.model.embed.detach(), 0, b.ids[: self.rows], out=b.stream[: self.rows])
 
     def _kernels(self) -> None:
         """Ops of this package alone, on the buffers: what a Program can record."""
@@ -249,12 +259,18 @@ class Pass:
 
     def _draw(self, rows: slice) -> None:
         b, s, count = self.buffers, self.sampling, rows.stop - rows.start
-        linear_out(b.hidden[rows], self.model.head_weight, b.logits[:count])
+        logits, numbers = b.logits[:count], b.numbers[4 * rows.start : 4 * rows.stop].view(4, count)
+        linear_out(b.hidden[rows], self.model.head_weight, logits)
+        if isinstance(s, SoftSampling):
+            soft_embed(
+                logits, self.model.embed, temperature=s.temperature, sigma=s.sigma, top_k=s.top_k,
+                noise=(self.seed, b.uid[rows], b.draw[rows]),
+                out=SoftOut(logits, b.mean(count), b.stream[rows], b.drawn[rows], numbers),
+            )  # fmt: skip
+            return
         sample_token(
-            b.logits[:count], self.seed, b.uid[rows], b.draw[rows], temperature=s.temperature, top_k=s.top_k,
-            top_p=s.top_p, min_p=s.min_p,
-            out=(b.drawn[rows], b.numbers[4 * rows.start : 4 * rows.stop].view(4, count)),
-            support=None if self.support is None else self.support[rows],
+            logits, self.seed, b.uid[rows], b.draw[rows], temperature=s.temperature, top_k=s.top_k, top_p=s.top_p,
+            min_p=s.min_p, out=(b.drawn[rows], numbers), support=None if self.support is None else self.support[rows],
         )  # fmt: skip
 
     def _advance(self) -> None:
@@ -262,4 +278,6 @@ class Pass:
             b = self.buffers
             # -1 marks a row of nan logits, which its numbers report; the embedding must not see it
             torch.clamp(b.drawn[: self.rows], min=0, out=b.ids[: self.rows])
+            if isinstance(self.sampling, Sampling):
+                b.embed(self.model, self.rows)
             b.inputs[3:, : self.rows] += 1

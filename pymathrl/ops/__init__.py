@@ -20,6 +20,7 @@ from pymathrl.ops.policy_loss import PolicyLoss, merge_stats, policy_loss, polic
 from pymathrl.ops.rms_norm import add_rms_norm, add_rms_norm_ref, rms_norm, rms_norm_out, rms_norm_ref
 from pymathrl.ops.rotary import rotary, rotary_ref
 from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
+from pymathrl.ops.soft_embed import SoftEmbed, soft_embed, soft_embed_backward, soft_embed_ref
 from pymathrl.ops.swiglu import swiglu, swiglu_out, swiglu_ref
 from pymathrl.ops.token_logprob import (
     TokenLogprob,
@@ -37,6 +38,7 @@ __all__ = [
     "GroupAdvantage",
     "PolicyLoss",
     "SampleToken",
+    "SoftEmbed",
     "TokenLogprob",
     "add_rms_norm",
     "add_rms_norm_ref",
@@ -62,6 +64,9 @@ __all__ = [
     "rotary_ref",
     "sample_token",
     "sample_token_ref",
+    "soft_embed",
+    "soft_embed_backward",
+    "soft_embed_ref",
     "swiglu",
     "swiglu_out",
     "swiglu_ref",

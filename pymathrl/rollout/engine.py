@@ -13,6 +13,7 @@ sequence says does not depend on what runs beside it, on the batch limit, or on 
     b, c = engine.fork(a, 2)
     engine.append(b, hint)                                     # forced tokens: no loss on them
     engine.segment([a, b, c], 64, stop_strings=["\\n"])         # why each stopped; all can go on
+    engine.segment([b], 32, soft=SoftSampling(0.5, sigma))      # soft tokens: vectors are fed, no token is chosen
     rollout = engine.rollout([a, b, c]); engine.free([a, b, c])
 """
 
@@ -47,6 +48,7 @@ from pymathrl.models.load import Policy
 from pymathrl.models.paged import Buffers, PagedCache, Pass, Sampling, Until
 from pymathrl.ops.attention import PAGE
 from pymathrl.ops.sample_token import sample_token, support_bytes
+from pymathrl.ops.soft_embed import SoftSampling
 from pymathrl.rollout.pages import PageTable, pages_for
 from pymathrl.rollout.supports import Supports
 
@@ -103,6 +105,14 @@ class Step(NamedTuple):
     kept_mass: Tensor  # [R] the share of the probability that the filters left
 
 
+class _Extra(NamedTuple):
+    """What k draws of r sequences come with: the supports [r, ceil(V/8)] of draws under filters, of each draw, and the
+    inputs [k,r,D] of soft tokens."""
+
+    supports: list[Tensor]
+    inputs: Tensor | None
+
+
 @dataclass(frozen=True)
 class Snapshot:
     """A point of a sequence to come back to: its length in tokens then, and when that was."""
@@ -119,16 +129,20 @@ def _grown(needed: int, have: int) -> int:
 class _Store:
     """Tokens of S sequences and what was said about them: tensors [S,W] that grow in both directions.
 
-    ids int64, role int8; logp, mean_logp, entropy fp32, of sampled tokens. On the policy's device.
+    ids int64, role int8; logp, mean_logp, entropy fp32, of sampled tokens; soft int64: 0, or the row of a soft token's
+    input in `inputs` [., D], which grows by doubling and whose first row is none's. On the policy's device.
     """
 
     FIELDS = (("ids", torch.int64), ("role", torch.int8), ("logp", torch.float32), ("mean_logp", torch.float32),
-              ("entropy", torch.float32))  # fmt: skip
+              ("entropy", torch.float32), ("soft", torch.int64))  # fmt: skip
 
-    def __init__(self, device: torch.device) -> None:
-        self.ids, self.role, self.logp, self.mean_logp, self.entropy = (
-            torch.zeros(0, 0, dtype=dtype, device=device) for _, dtype in self.FIELDS
+    def __init__(self, like: Tensor) -> None:
+        self.ids, self.role, self.logp, self.mean_logp, self.entropy, self.soft = (
+            torch.zeros(0, 0, dtype=dtype, device=like.device) for _, dtype in self.FIELDS
         )
+        self.inputs = like.new_zeros(1, like.shape[1], requires_grad=False)
+        self.used = 1  # rows of `inputs`
+        self.sampling: SoftSampling | None = None  # under which they were made
 
     def grow(self, slots: int, width: int) -> None:
         """Room for so many slots and tokens; at least doubled, so that adding tokens one by one stays cheap."""
@@ -146,6 +160,21 @@ class _Store:
             values = getattr(self, name)
             values[target] = values[source]
 
+    def keep_inputs(self, inputs: Tensor, live: Callable[[], Tensor]) -> Tensor:
+        """inputs [m,D] of soft tokens -> their rows, int64 [m]. live() -> bool [S,W], the tokens there are: where the
+        room is over, rows that none of them names are given away first."""
+        if self.used + len(inputs) > len(self.inputs):
+            rows, self.soft = torch.where(live(), self.soft, 0).unique(return_inverse=True)
+            if int(rows[0]):  # every token is soft
+                rows, self.soft = torch.cat([rows.new_zeros(1), rows]), self.soft + 1
+            kept, self.used = self.inputs[rows], len(rows)
+            room = max(len(self.inputs), 2 * (self.used + len(inputs)))
+            self.inputs = torch.cat([kept, kept.new_zeros(room - self.used, kept.shape[1])])
+        rows = torch.arange(self.used, self.used + len(inputs), device=inputs.device)
+        self.inputs[rows] = inputs
+        self.used += len(inputs)
+        return rows
+
 
 class Engine:
     """Generation with one policy. One engine serves a whole run: its buffers, pages and recorded passes are kept.
@@ -162,7 +191,7 @@ class Engine:
                 raise ValueError(f"Engine: {name} must be >= 1, got {value}")
         self.policy, self.seed, self.max_batch, self.max_pages = policy, seed, max_batch, max_pages
         self.device = policy.device
-        self._store = _Store(self.device)
+        self._store = _Store(policy.model.embed)
         self._length = torch.zeros(0, dtype=torch.int64)  # tokens of the sequence in each slot
         self._prompt = torch.zeros(0, dtype=torch.int64)  # of these, its prompt
         self._uid = torch.zeros(0, dtype=torch.int64)
@@ -175,7 +204,7 @@ class Engine:
         self._clock = 0  # of snapshots and cuts
         self._next_uid = -(2**63)  # of sequences that are given none: below all that a caller counts from 0
         self._support = Supports()
-        self._passes: dict[tuple[int, Until, Sampling | None, int | None], Pass] = {}
+        self._passes: dict[tuple[int, Until, Sampling | SoftSampling | None, int | None], Pass] = {}
         self._pass_seeds: list[int] = []  # of the recorded draws: a run uses two, training's and evaluation's
         self._pass_weights: list[int] = []  # where the weights lay when the passes were recorded
         self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
@@ -183,6 +212,7 @@ class Engine:
         self._buffers = Buffers(policy.model, 0)
         self._ring_ids = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self._ring_numbers = torch.zeros(0, 0, device=self.device)
+        self._ring_inputs = policy.model.embed.new_zeros(0, 0, 0, requires_grad=False)
         self.preemptions = 0  # sequences that gave back their pages to others, since the engine was made
 
     # --- whole generations ---------------------------------------------------------------------------------------
@@ -286,6 +316,7 @@ class Engine:
         self._store.grow(0, length + len(ids))
         self._store.ids[slot, length : length + len(ids)] = self._as_ids(ids)
         self._store.role[slot, length : length + len(ids)] = ROLE_FORCED
+        self._store.soft[slot, length : length + len(ids)] = 0
         self._length[slot] += len(ids)
         self._stop[slot] = STOP_NONE
 
@@ -298,9 +329,14 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        soft: SoftSampling | None = None,
         hook: Hook | None = None,
     ) -> Step:
         """Draws one token for each sequence and appends it. Ends are the caller's affair; see `segment`.
+
+        soft: a soft token instead: h~ of `soft_embed` is what the model is fed, ids its most probable token, logp its
+        density up to a constant, entropy and mean_logp those of the distribution that was mixed. It takes neither
+        temperature and filters nor a hook.
 
         hook(seqs, logits, stats) sees the raw logits, fp32 [R,V], before temperature and filters, and `StepStats` of
         them; what it returns (None: nothing changed) is drawn from. The numbers are those of what was drawn from: the
@@ -308,11 +344,11 @@ class Engine:
         """
         slots = self._check(seqs)
         self._check_length(int(self._length[slots].max()), 1)
-        sampling = Sampling(temperature, top_k, top_p, min_p)
+        sampling = _sampling(soft, hook, temperature, top_k, top_p, min_p)
         parts = []
         for part in self._waves(slots):
-            drawn, supports = self._draw(part, 1, sampling, self.seed, hook)
-            self._keep(part, drawn, torch.ones_like(part), supports)
+            drawn, extra = self._draw(part, 1, sampling, self.seed, hook)
+            self._keep(part, drawn, torch.ones_like(part), extra)
             parts.append(drawn)
             self._stop[part] = STOP_NONE
         return Step(*(torch.cat(values, 1)[0] for values in zip(*parts, strict=True)))
@@ -338,6 +374,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
+        soft: SoftSampling | None = None,
         hook: Hook | None = None,
     ) -> list[str]:
         """Draws for each sequence until it stops, and says why: "eos", "string", "length" or "deadline". All stay live
@@ -345,7 +382,8 @@ class Engine:
 
         max_new_tokens: one for all, or one per sequence. seed, stop_ids, stop_strings, hook: as in `generate`.
         keep_stop False: a stop token, or the tokens from the one on that begins the stop string, are taken back.
-        deadline_s: seconds from now.
+        deadline_s: seconds from now. soft: soft tokens, as in `step`; stop tokens and strings are then looked for in
+        their most probable tokens.
         """
         slots = self._check(seqs)
         limits = [max_new_tokens] * len(seqs) if isinstance(max_new_tokens, int) else list(max_new_tokens)
@@ -362,7 +400,7 @@ class Engine:
         )  # fmt: skip
         self._stop[slots] = STOP_NONE
         self._run(
-            slots, self._length[slots] + most, ends, Sampling(temperature, top_k, top_p, min_p),
+            slots, self._length[slots] + most, ends, _sampling(soft, hook, temperature, top_k, top_p, min_p),
             self.seed if seed is None else seed, keep_pages=True, hook=hook,
         )  # fmt: skip
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
@@ -416,7 +454,7 @@ class Engine:
         slots: Tensor,
         limit: Tensor,
         ends: _Ends,
-        sampling: Sampling,
+        sampling: Sampling | SoftSampling,
         seed: int,
         *,
         order: Tensor | None = None,
@@ -449,9 +487,9 @@ class Engine:
             fit = self._make_room(active, k - 1)
             waiting.extendleft(reversed(active[fit:].tolist()))
             active = active[:fit]
-            drawn, supports = self._draw(active, k, sampling, seed, hook)
+            drawn, extra = self._draw(active, k, sampling, seed, hook)
             steps, stop = self._ends_of(active, drawn.ids, end_of[active], ends)
-            self._keep(active, drawn, steps, supports)
+            self._keep(active, drawn, steps, extra)
             self._stop[active] = stop
             over = stop != STOP_NONE
             done = active[over]
@@ -545,31 +583,44 @@ class Engine:
     # --- the forward passes --------------------------------------------------------------------------------------
 
     def _draw(
-        self, slots: Tensor, k: int, sampling: Sampling, seed: int, hook: Hook | None
-    ) -> tuple[Step, list[Tensor]]:
-        """k draws for each slot [r], for which there is room: (Step of tensors [k,r], the k supports [r, ceil(V/8)] of
-        draws under filters). Nothing is kept yet."""
+        self, slots: Tensor, k: int, sampling: Sampling | SoftSampling, seed: int, hook: Hook | None
+    ) -> tuple[Step, _Extra]:
+        """k draws for each slot [r], for which there is room: tensors [k,r]. Nothing is kept yet."""
         if hook is not None:
+            assert isinstance(sampling, Sampling), "a soft step takes no hook"
             return self._draw_with_hook(slots, sampling, seed, hook)
         rows, b = slots.numel(), self._buffers
         step = self._pass(self._bucket(rows), "token", sampling, seed)
         self._feed(slots, ahead=k - 1)
         self._load(slots, step.rows)
-        self._grow_ring(k)
+        soft = self._makes_soft(sampling)
+        self._grow_ring(k, step.rows if soft else 0)
         supports = []
         for j in range(k):
             step.run()
             self._ring_ids[j, :rows] = b.drawn[:rows]
             self._ring_numbers[j, : 4 * step.rows] = b.numbers[: 4 * step.rows]
+            if soft:
+                self._ring_inputs[j, :rows] = b.stream[:rows]
             if step.support is not None:
                 supports.append(step.support[:rows].clone())
         numbers = b.split_numbers(step.rows, self._ring_numbers[:k])[..., :rows]
         # a copy of the ids: where `step` takes several waves, the next one writes over the ring
-        return _finite(Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind())), supports
+        drawn = _finite(Step(self._ring_ids[:k, :rows].clone(), *numbers.unbind()))
+        return drawn, _Extra(supports, self._ring_inputs[:k, :rows] if soft else None)
 
-    def _draw_with_hook(
-        self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook
-    ) -> tuple[Step, list[Tensor]]:
+    def _makes_soft(self, sampling: Sampling | SoftSampling) -> bool:
+        """Whether it makes soft tokens. All of an engine's at a time are made alike, so that a rollout can say how."""
+        if isinstance(sampling, Sampling):
+            return False
+        if self._store.used > 1 and self._store.sampling != sampling:
+            raise ValueError(
+                f"soft: live sequences hold soft tokens made under {self._store.sampling}, got {sampling}; free them"
+            )
+        self._store.sampling = sampling
+        return True
+
+    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> tuple[Step, _Extra]:
         logits = self.policy.model.logits(self._hidden(slots))
         changed = hook(self._name[slots].tolist(), logits, StepStats(logits))
         if changed is not None:
@@ -584,7 +635,7 @@ class Engine:
             logits, seed, uid, draw, temperature=sampling.temperature, top_k=sampling.top_k, top_p=sampling.top_p,
             min_p=sampling.min_p, support=support,
         )  # fmt: skip
-        return _finite(Step(*(value[None] for value in out))), [] if support is None else [support]
+        return _finite(Step(*(value[None] for value in out))), _Extra([] if support is None else [support], None)
 
     def _hidden(self, slots: Tensor) -> Tensor:
         """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it."""
@@ -624,6 +675,10 @@ class Engine:
         values[0] = self._store.ids[values[1], values[3]]
         b.inputs[:, :count] = values
         b.slot[count:rows] = -1
+        b.embed(self.policy.model, rows)
+        if self._store.used > 1:
+            soft = self._store.soft[values[1], values[3]]
+            b.stream[:count] = torch.where(soft[:, None] > 0, self._store.inputs[soft], b.stream[:count])
 
     def _forget_moved_weights(self) -> None:
         """Drops the recorded passes where a parameter lies elsewhere than they read it: they hold its address."""
@@ -632,7 +687,7 @@ class Engine:
             self._pass_weights = where
             self._passes.clear()
 
-    def _pass(self, rows: int, until: Until, sampling: Sampling | None, seed: int) -> Pass:
+    def _pass(self, rows: int, until: Until, sampling: Sampling | SoftSampling | None, seed: int) -> Pass:
         if until == "token" and seed not in self._pass_seeds:
             self._pass_seeds = [*self._pass_seeds[-1:], seed]
             self._passes = {k: v for k, v in self._passes.items() if k[3] is None or k[3] in self._pass_seeds}
@@ -648,7 +703,10 @@ class Engine:
             return rows
         return next((size for size in GRAPH_ROWS if size >= rows), -(-rows // 64) * 64)
 
-    def _grow_ring(self, k: int) -> None:
+    def _grow_ring(self, k: int, soft_rows: int) -> None:
+        have, inputs = self._ring_inputs.shape, self._buffers.stream
+        if soft_rows and (have[0] < k or have[1] < soft_rows):
+            self._ring_inputs = inputs.new_zeros(max(k, have[0]), max(soft_rows, have[1]), inputs.shape[1])
         if len(self._ring_ids) < k or self._ring_ids.shape[1] < self._buffers.rows:
             self._ring_ids = torch.zeros(k, self._buffers.rows, dtype=torch.int64, device=self.device)
             self._ring_numbers = torch.zeros(k, 4 * self._buffers.rows, device=self.device)
@@ -741,6 +799,7 @@ class Engine:
         at = slots[owner].to(self.device), column.to(self.device)
         self._store.ids[at] = ids
         self._store.role[at] = ROLE_PROMPT
+        self._store.soft[at] = 0
         self._length[slots] = self._prompt[slots] = lengths
         self._uid[slots] = uids
         return slots
@@ -784,10 +843,12 @@ class Engine:
                 self._cuts.pop(name, None)
         self._drop_pages(slots)
         self._live[slots] = False
+        if not bool(self._live.any()):
+            self._store.used, self._store.sampling = 1, None
         self._support.cut(slots, torch.zeros_like(slots))
 
-    def _keep(self, slots: Tensor, drawn: Step, steps: Tensor, supports: list[Tensor]) -> None:
-        """Appends the first steps [r] of drawn [k,r] to each slot, with their supports."""
+    def _keep(self, slots: Tensor, drawn: Step, steps: Tensor, extra: _Extra) -> None:
+        """Appends the first steps [r] of drawn [k,r] to each slot, with their supports and inputs."""
         k, store = drawn.ids.shape[0], self._store
         store.grow(0, int(self._length[slots].max()) + k)
         # a sequence that has ended drew on until the look: those tokens lie behind its length and are never read
@@ -795,11 +856,21 @@ class Engine:
         for name in ("ids", "logp", "mean_logp", "entropy"):
             getattr(store, name)[row, column] = getattr(drawn, name).T
         store.role[row, column] = ROLE_SAMPLED
-        for j, bits in enumerate(supports):
+        soft = torch.zeros(slots.numel(), k, dtype=torch.int64, device=self.device)
+        if extra.inputs is not None:
+            kept = (torch.arange(k) < steps[:, None]).to(self.device)
+            soft[kept] = store.keep_inputs(extra.inputs.transpose(0, 1)[kept], self._tokens_there)
+        store.soft[row, column] = soft
+        for j, bits in enumerate(extra.supports):
             kept = steps > j
             self._support.add(slots[kept], self._length[slots[kept]] + j, bits[kept.to(self.device)])
         self._length[slots] += steps
         self._pages.fed[slots] = self._length[slots] - 1
+
+    def _tokens_there(self) -> Tensor:
+        """bool [S,W]: the places of the store that hold a live sequence's tokens."""
+        width = self._store.ids.shape[1]
+        return (torch.arange(width) < (self._length * self._live)[:, None]).to(self.device)
 
     def _rollout(self, slots: Tensor, group: Tensor) -> Rollout:
         lengths = self._length[slots]
@@ -814,9 +885,13 @@ class Engine:
             for name in ("logp", "mean_logp", "entropy")
         }
         support_ids, support_offsets = self._support.pack(slots, lengths)
+        soft = store.soft[at]
+        is_soft = soft > 0 if store.used > 1 and bool((soft > 0).any()) else None
         return Rollout(
             ids=store.ids[at], role=role, **numbers, offsets=offsets, prompt_len=self._prompt[slots], group=group,
             uid=self._uid[slots], stop=self._stop[slots], support_ids=support_ids, support_offsets=support_offsets,
+            soft=is_soft, soft_inputs=None if is_soft is None else store.inputs[soft[is_soft]],
+            soft_sampling=None if is_soft is None else store.sampling,
         ).to(self.device)  # fmt: skip
 
     # --- checks --------------------------------------------------------------------------------------------------
@@ -880,6 +955,15 @@ class _Ends:
                     f"stop_strings: {text!r} is a special token, which no decoded text shows; give stop_ids=[{token}]"
                 )
         return _Ends(torch.tensor(policy.eos_ids if ids is None else list(ids), dtype=torch.int64), strings)
+
+
+def _sampling(
+    soft: SoftSampling | None, hook: Hook | None, temperature: float, top_k: int, top_p: float, min_p: float
+) -> Sampling | SoftSampling:
+    hard = Sampling(temperature, top_k, top_p, min_p)
+    if soft is not None and (hook is not None or hard != Sampling()):
+        raise ValueError("soft: a soft token takes no temperature, filters or hook; SoftSampling has its own")
+    return soft or hard
 
 
 def _finite(drawn: Step) -> Step:

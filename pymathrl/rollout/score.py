@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pymathrl.batch import Rollout, keep_support, micro_batches
 from pymathrl.models.load import Policy
+from pymathrl.ops.soft_embed import soft_embed
 from pymathrl.ops.token_logprob import token_logprob
 
 SCORE_LOGITS = 1 << 24  # fp32 logits held at once: 64 MiB
@@ -37,7 +38,7 @@ def walk(policy: Policy, rollout: Rollout, token_budget: int = 16384) -> Iterato
     """Every sampled token of the rollout once, in order, a bounded number at a time."""
     chunk = max(1, SCORE_LOGITS // policy.config.vocab_size)
     for part in micro_batches(rollout, torch.arange(rollout.rows, device=rollout.device), token_budget):
-        hidden = policy.model.hidden(part.ids, part.starts)[part.hidden_index]
+        hidden = policy.model.hidden(part.ids, part.starts, part.inputs)[part.hidden_index]
         support = rollout.support_of(part.token_index)
         for start in range(0, part.targets.numel(), chunk):
             piece = slice(start, start + chunk)
@@ -54,7 +55,8 @@ def score(
     """The sampled tokens under the policy as it is now.
 
     At `temperature`, over the support that the rollout's filters left. Right after sampling they are the sampler's own:
-    on a CPU bit for bit (contract C1).
+    on a CPU bit for bit (contract C1). Of a soft token: the density of its vector, and the distribution that was mixed,
+    as in `Rollout`; its proxy_logp is 0.
     """
     names = ("logp", "mean_logp", "entropy", "proxy_logp")[: 3 + (min_p is not None)]
     out = {name: torch.zeros_like(rollout.logp) for name in names}
@@ -62,4 +64,12 @@ def score(
         scored = token_logprob(part.logits, rollout.ids[part.at], temperature=temperature, min_p=min_p)
         for name, values in out.items():
             values[part.at] = getattr(scored, name)
+        made, how = rollout.soft_of(part.at), rollout.soft_sampling
+        if made is not None and how is not None:
+            soft = soft_embed(
+                part.logits[made[0]], policy.model.embed, temperature=how.temperature, sigma=how.sigma,
+                top_k=how.top_k, inputs=made[1],
+            )  # fmt: skip
+            for name, values in out.items():
+                values[part.at[made[0]]] = getattr(soft, name) if name != "proxy_logp" else 0.0
     return Scores(**out)

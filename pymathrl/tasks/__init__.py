@@ -38,6 +38,11 @@ class Task(Protocol):
         end in an opened ``<think>``.  "chat": the user's message, for a chat template."""
         ...
 
+    def reword(self, problem: Problem, rng: random.Random) -> Problem:
+        """The same problem said otherwise, with the same answers: its numbers or terms in another order, or other words
+        around it.  Never as it was, unless there is no other way to say it: then the problem itself."""
+        ...
+
     def grade(self, problem: Problem, response: str) -> Grade:
         """The verdict on the response alone (no prompt).  Never raises and runs no code, whatever the text."""
         ...

@@ -20,6 +20,7 @@ from pymathrl.tasks.prompt_style import instruct
 MAX_DIGITS = 9
 MAX_ANSWER_LENGTH = 256  # characters; Python refuses to read integers of more than 4300 digits
 MAX_DRAWS = 4_000  # draws in a row without a new test problem: the ranges hold no more
+REWORDS = 20  # tries to write a chain in another order: of two orders one comes up in all but one of a million
 TEST_SIZE = 1_024  # problems in the test set, unless a caller asks for another number
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
@@ -100,6 +101,26 @@ class Arithmetic:
             "between <answer> and </answer>, for instance <answer>-42</answer>."
         )
         return instruct(task, style)
+
+    def reword(self, problem: Problem, rng: random.Random) -> Problem:
+        """The factors of each product and the terms of the sum in another order, a term without minus first."""
+        numbers, ops = list(problem.meta["numbers"]), problem.meta["ops"]
+        terms: list[tuple[str, list[int]]] = [("+", numbers[:1])]
+        for op, number in zip(ops, numbers[1:], strict=True):
+            if op == "*":
+                terms[-1][1].append(number)
+            else:
+                terms.append((op, [number]))
+        for _ in range(REWORDS):
+            for _, factors in terms:
+                rng.shuffle(factors)
+            rng.shuffle(terms)
+            terms.insert(0, terms.pop(next(i for i, (sign, _) in enumerate(terms) if sign == "+")))
+            flat = [number for _, factors in terms for number in factors]
+            signs = "".join(sign + "*" * (len(factors) - 1) for sign, factors in terms)[1:]
+            if _chain(flat, signs) != problem.question:
+                return _problem(problem.uid, flat, signs)
+        return problem
 
     def grade(self, problem: Problem, response: str) -> Grade:
         if self.answer == "last":

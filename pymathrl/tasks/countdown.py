@@ -2,7 +2,7 @@
 
 The task of ROVER (arXiv 2509.24981) and, before it, TinyZero: 3 or 4 integers in 1..99, targets 10..100, operations
 + - * /.  Problems are generated (always solvable, by construction) or read from a JSONL file of
-``{"nums": [79, 17, 60], "target": 36}`` rows with an optional ``"id"``.
+``{"nums": [79, 17, 60], "target": 36}`` rows with an optional ``"id"`` and ``"hint"``.
 
 Grading differs from the public ROVER scorer, which evaluates the answer as code after a character filter: there
 ``2**3``, ``7//2`` and ``3.7*10`` (with numbers 3, 7, 10) count as correct, and an answer followed by a line break is
@@ -33,7 +33,7 @@ from pymathrl.tasks.expression import (
     render,
 )
 from pymathrl.tasks.holdout import TEST_SEED, held_out_keys, is_held_out
-from pymathrl.tasks.jsonl import fail, read_objects, shuffled
+from pymathrl.tasks.jsonl import fail, read_hint, read_objects, shuffled
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
 
@@ -136,11 +136,12 @@ def _test_problems(generator: Generator, n: int) -> tuple[Problem, ...]:
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a file.  name: its "id", else "<file>:<line>"."""
+    """One row of a file.  name: its "id", else "<file>:<line>".  hint: a text for who cannot solve it, or ""."""
 
     name: str
     nums: tuple[int, ...]
     target: int
+    hint: str = ""
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def read_rows(path: str | Path, split: str) -> FileRows:
         name = _read_id(path, line, item)
         if name is not None and line_of_id.setdefault(name, line) != line:
             fail(path, line, item, "id", f"unique (line {line_of_id[name]} has it too)")
-        rows.append(Row(name or f"{Path(path).name}:{line}", nums, target))
+        rows.append(Row(name or f"{Path(path).name}:{line}", nums, target, read_hint(path, line, item)))
     if split == "all":
         return FileRows(str(path), (), tuple(rows))
     held_out = held_out_keys(problem_key(row.nums, row.target) for row in rows)
@@ -219,7 +220,7 @@ def _problem(uid: int, nums: Sequence[int], target: int, **meta: Any) -> Problem
 
 
 def _row_problem(uid: int, row: Row) -> Problem:
-    return _problem(uid, row.nums, row.target, id=row.name)
+    return _problem(uid, row.nums, row.target, id=row.name, **({"hint": row.hint} if row.hint else {}))
 
 
 # ---- solutions ---------------------------------------------------------------------------------------------------
@@ -346,6 +347,16 @@ class Countdown:
             "</answer>, for instance <answer>(1 + 2) / 3</answer>."
         )
         return instruct(task, style)
+
+    def reword(self, problem: Problem, rng: random.Random) -> Problem:
+        """The numbers in another order."""
+        nums, rest = list(problem.meta["nums"]), dict(problem.meta)
+        if len(set(nums)) == 1:
+            return problem
+        while tuple(nums) == problem.meta["nums"]:
+            rng.shuffle(nums)
+        del rest["nums"], rest["target"]
+        return _problem(problem.uid, nums, problem.meta["target"], **rest)
 
     def grade(self, problem: Problem, response: str) -> Grade:
         rover = self.compat == "rover"

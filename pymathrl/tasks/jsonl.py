@@ -45,6 +45,14 @@ def fail(path: str | Path, line: int, item: dict[str, Any], field: str, expected
     raise UserError(f"{path}, line {line}: field '{field}' must be {expected}, got {got}")
 
 
+def read_hint(path: str | Path, line: int, item: dict[str, Any]) -> str:
+    """The optional field "hint" of a row: how one may begin, for a policy that fails; "" where there is none."""
+    hint = item.get("hint", "")
+    if not isinstance(hint, str) or ("hint" in item and not hint.strip()):
+        fail(path, line, item, "hint", "a text that is not empty")
+    return hint.strip()
+
+
 def _read_object(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
     try:
         text = line.decode("utf-8")

@@ -1,6 +1,11 @@
 """The instruction prompts shared by the tasks whose answer stands in an ``<answer>`` tag."""
 
+from typing import TYPE_CHECKING
+
 from pymathrl.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from pymathrl.tasks import Problem, Task
 
 STYLES = ("compact", "plain", "chat")
 
@@ -17,3 +22,11 @@ def instruct(task: str, style: str) -> str:
             f"User: {task}\nAssistant: I will work through this one step at a time.\n<think>"
         )
     raise UserError(f"unknown prompt style {style!r}: {nearest(style, STYLES)}")
+
+
+def noted(task: "Task", problem: "Problem", style: str, note: str) -> str:
+    """The prompt of a problem with a line of text below the question, a hint. Under "compact" the thought begins with
+    it: the built-in model takes up a thought that it finds begun, and is lost where a line stands elsewhere."""
+    if style == "compact":
+        return task.prompt(problem, style) + note
+    return instruct(f"{task.prompt(problem, 'chat')}\n{note}", style)

@@ -12,7 +12,7 @@ import torch
 
 from pymathrl.advantage import advantage, mask_tokens, reference_terms
 from pymathrl.algos import REGISTRY
-from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_EOS, Batch, Graded, Rollout
+from pymathrl.batch import ROLE_FORCED, ROLE_PROMPT, ROLE_SAMPLED, STOP_EOS, Batch, Graded, Rollout
 from pymathrl.config import parse_train
 from pymathrl.context import Context, Position
 from pymathrl.learner import Learner
@@ -106,10 +106,18 @@ def plain_rows(policy: Any, weights: dict[str, torch.Tensor], batch: Batch, temp
         begin, end = rollout.offsets[number : number + 2].tolist()
         ids = rollout.ids[begin:end]
         at = begin + (rollout.role[begin:end] == ROLE_SAMPLED).nonzero()[:, 0]
-        hidden = plain_hidden(policy.config, weights, ids[:-1])
-        own = torch.log_softmax(hidden @ weights["head"].T / temperature, -1)[at - begin - 1]
+        made = rollout.soft_of(torch.arange(begin, end - 1))
+        fed = None if made is None else (made[0].nonzero()[:, 0], made[1])
+        logits = plain_hidden(policy.config, weights, ids[:-1], fed) @ weights.get("head", weights["embed"]).T
+        logits = logits[at - begin - 1]
+        own = torch.log_softmax(logits / temperature, -1)
+        logp, made, how = own.gather(1, rollout.ids[at, None])[:, 0], rollout.soft_of(at), rollout.soft_sampling
+        if made is not None and how is not None:  # a soft token: the density of its vector
+            mean = torch.softmax(logits[made[0]] / how.temperature, -1) @ weights["embed"]
+            distance = (made[1].double() - mean).square().sum(-1)
+            logp = logp.index_put((made[0].nonzero()[:, 0],), -distance / (2 * how.sigma**2))
         rows.append(Row(
-            own, own.gather(1, rollout.ids[at, None])[:, 0], rollout.logp[at].double(),
+            own, logp, rollout.logp[at].double(),
             rollout.mean_logp[at].double(), batch.advantage[at].double(), batch.coef[at].double(),
             {name: values[at].double() for name, values in batch.extra.items()},
         ))  # fmt: skip
@@ -121,6 +129,18 @@ def sampled(policy: Any, groups: int = 2, samples: int = 4, length: int = 10, te
     texts = ("3 4 -> 7\n<think>", "12 5 9 -> 26\n<think>", "8 2 -> 4\n<think>")[:groups]
     prompts = [policy.tokenizer.encode(text) for text in texts]
     return Engine(policy, seed=1).generate(prompts, samples, length, temperature=temperature)
+
+
+def ragged(rollout: Rollout) -> Rollout:
+    """The rollout with the first b mod 4 response tokens of row b as forced ones: rows of different counts, as the tiny
+    model, which never ends, does not draw them."""
+    row = rollout.row_of_token
+    place = torch.arange(rollout.tokens) - (rollout.offsets[:-1] + rollout.prompt_len)[row]
+    forced = (place >= 0) & (place < row % 4)
+    zeroed = {name: torch.where(forced, 0.0, getattr(rollout, name)) for name in ("logp", "mean_logp", "entropy")}
+    out = replace(rollout, role=torch.where(forced, ROLE_FORCED, rollout.role).to(torch.int8), **zeroed)
+    out.validate()
+    return out
 
 
 def move(policy: Any, scale: float = 0.03, seed: int = 0) -> None:

@@ -10,10 +10,15 @@ from torch import Tensor
 from pymathrl.models import ModelConfig, rope_table
 
 
-def plain_hidden(config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """ids int64 [T] -> [T,D] after the last norm; weights by the names of `Decoder.named_parameters`."""
+def plain_hidden(
+    config: ModelConfig, weights: Mapping[str, Tensor], ids: Tensor, inputs: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """ids int64 [T] -> [T,D] after the last norm; weights by the names of `Decoder.named_parameters`; inputs as in
+    `Decoder.hidden`."""
     c, e = config, config.head_dim
     x = weights["embed"][ids]
+    if inputs is not None:
+        x = x.index_put((inputs[0],), inputs[1].to(x.dtype))
     table = rope_table(c, len(ids), x.device)[: len(ids), None].to(x.dtype)  # cosines, then sines
     cos, sin = table.split(e // 2, -1)
     future = torch.full((len(ids), len(ids)), -torch.inf, dtype=x.dtype).triu(1)

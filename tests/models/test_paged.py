@@ -24,13 +24,14 @@ def one_thread(threads: Callable[[int], None]) -> None:
     threads(1)
 
 
-def feed(buffers: Buffers, rows: list[tuple[int, int, int]], padding: int = 0) -> None:
+def feed(model: Decoder, buffers: Buffers, rows: list[tuple[int, int, int]], padding: int = 0) -> None:
     """(token, slot, position) of the first rows; then rows without a sequence."""
     buffers.inputs[:3, : len(rows)] = torch.tensor(rows).T[[0, 1, 2]]
     ids, slot, position = torch.tensor(rows).T
     count = len(rows)
     buffers.ids[:count], buffers.slot[:count], buffers.position[:count] = ids, slot, position
     buffers.slot[count : count + padding] = -1
+    buffers.embed(model, count + padding)
 
 
 def make(config: ModelConfig, rows: int = 48) -> tuple[Decoder, PagedCache, Buffers]:
@@ -58,7 +59,7 @@ def test_any_cut_of_the_tokens_gives_the_updates_hidden_states(config: ModelConf
         for count in pieces:
             other = [(9, 1, at)] if at < 48 else []
             rows = [(IDS[at + i], 0, at + i) for i in range(count)] + other
-            feed(buffers, rows, padding=3)
+            feed(model, buffers, rows, padding=3)
             Pass(model, cache, buffers, len(rows) + 3, "hidden", replay=False).run()
             got.append(buffers.hidden[:count].clone())
             at += count
@@ -69,7 +70,7 @@ def test_a_prefill_writes_what_a_whole_pass_writes_and_nothing_else() -> None:
     caches = []
     for until in ("cache", "hidden"):
         model, cache, buffers = make(QWEN3)
-        feed(buffers, [(token, 0, i) for i, token in enumerate(IDS)], padding=4)
+        feed(model, buffers, [(token, 0, i) for i, token in enumerate(IDS)], padding=4)
         Pass(model, cache, buffers, 41, until, replay=False).run()  # type: ignore[arg-type]
         caches.append(cache)
     for name in ("keys", "values"):
@@ -90,6 +91,7 @@ def test_a_recorded_pass_draws_on_and_sees_new_weights() -> None:
             model.layers[1].down.mul_(scale)
         sequences = [[3], [8]]
         buffers.inputs[:, :2] = torch.tensor([[3, 8], [0, 1], [70, 80], [0, 0], [0, 0]])
+        buffers.embed(model, 2)
         for draw in range(20):
             step.run()
             for row, (uid, ids) in enumerate(zip((70, 80), sequences, strict=True)):
@@ -126,7 +128,7 @@ def test_chunks_of_the_head_change_nothing(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(paged, "HEAD_BYTES", held)
         model, cache, buffers = make(TINY, rows=8)
         assert buffers.head_rows == min(8, held // 200) == len(buffers.logits)
-        feed(buffers, [(token, 0, i) for i, token in enumerate(IDS[:7])])
+        feed(model, buffers, [(token, 0, i) for i, token in enumerate(IDS[:7])])
         buffers.uid[:7] = torch.arange(7)
         Pass(model, cache, buffers, 7, "token", Sampling(top_p=0.9), seed=1).run()
         seen.append((buffers.drawn[:7].clone(), buffers.split_numbers(7, buffers.numbers[None, :28]).clone()))

@@ -16,6 +16,7 @@ from pymathrl.ops.attention import PAGE, attention, paged_attention
 from pymathrl.ops.rms_norm import add_rms_norm
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes, support_unpack
+from pymathrl.ops.soft_embed import soft_embed
 from pymathrl.ops.swiglu import swiglu
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -43,6 +44,10 @@ def digest() -> str:
                 drawn = sample_token(z, 1, where, where, support=support, **kw)
                 masked = z.masked_fill(~support_unpack(support, width), -torch.inf)
                 results += [*drawn, support, *token_logprob(masked, drawn.ids)[:-1]]
+            table = torch.linspace(-1, 1, width * 37).view(width, 37)
+            for top_k in (0, 3):
+                mixed = soft_embed(z.float(), table, temperature=0.7, sigma=0.1, noise=(1, where, where), top_k=top_k)
+                results += [x for name, x in mixed._asdict().items() if name != "inputs"]
             for x in results:
                 h.update(x.numpy().tobytes())
     for results in (*layer_parts(generator), *heads(generator), *attentions(generator)):

@@ -48,6 +48,10 @@ def assert_same_rollout(got: Rollout, want: Rollout) -> None:
     for name in FIELDS:
         assert_same(getattr(got, name), getattr(want, name), name)
     assert (got.support_ids is None) == (want.support_ids is None)
+    assert (got.soft is None) == (want.soft is None) and got.soft_sampling == want.soft_sampling
+    if got.soft is not None and want.soft is not None:
+        assert torch.equal(got.soft, want.soft)
+        assert_same(got.soft_inputs, want.soft_inputs, "soft_inputs")
     if got.support_ids is not None and want.support_ids is not None:
         assert torch.equal(got.support_ids, want.support_ids)
         assert torch.equal(got.support_offsets, want.support_offsets)

@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from pymathrl.advantage import advantage
-from pymathrl.algos import REGISTRY
 from pymathrl.batch import (
     ROLE_FORCED,
     ROLE_PROMPT,
@@ -24,13 +23,13 @@ from pymathrl.batch import (
     STOP_STRING,
     Rollout,
 )
-from pymathrl.config import parse_train
 from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.models import Policy, Tokenizer, new_policy
 from pymathrl.optim import Optimizer
 from pymathrl.rollout import Engine, Snapshot, Step, StepStats, score
 from pymathrl.rollout import engine as engine_module
+from tests.algos.cases import context, with_rewards
 from tests.rollout.cases import (
     CONFIG,
     FIELDS,
@@ -635,7 +634,7 @@ def test_segments_say_why_they_stop(policy: Policy, whole: Rollout, engine: Engi
         assert engine.tokens(seq)[: len(before[i])] == before[i] and len(drawn) >= 2
         assert drawn == naive_draws(policy, before[i], len(PROMPTS[i // N]), int(UIDS[i]), len(drawn), SEED)[0]
     assert engine.segment(seqs[:2], 1, stop_ids=(), deadline_s=60.0) == ["length"] * 2
-    with pytest.raises(ValueError, match="segment: max_new_tokens must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"segment: max_new_tokens must be >= 1, one or .* got 0"):
         engine.segment(seqs, 0)
 
 
@@ -780,17 +779,15 @@ def test_weights_stay_where_they_are_and_recorded_passes_see_the_new_ones() -> N
     """Contract C2 over 10 optimizer steps: one copy of the weights, nothing to bring over, nothing stale."""
     policy = sharp_policy()
     engine = Engine(policy, SEED)
-    algo = REGISTRY["grpo"]
-    config = parse_train(["--algo", "grpo", "--lr", "1e-2"]).train
-    optimizer = Optimizer(policy.model, config, 10)
+    ctx = context("grpo", "--lr", "1e-2", policy=policy)
+    optimizer = Optimizer(policy.model, ctx.train, 10)
     where = [p.data_ptr() for p in policy.model.parameters()]
     seen = []
     for _ in range(10):
         rollout = engine.generate(PROMPTS[:3], 4, 8)
-        reward = (torch.arange(12) % 3 == 0).float()
-        batch = advantage(rollout, reward, reward > 0, algo, algo.config()).batch
+        batch = advantage(ctx, with_rewards(rollout, (torch.arange(12) % 3 == 0).float()))
         minibatch_loss(
-            policy.model, batch, range(12), algo.loss(algo.config()), temperature=1.0, token_budget=100,
+            policy.model, batch, range(12), ctx.run.algo.loss(ctx.own), temperature=1.0, token_budget=100,
             max_new_tokens=8,
         )  # fmt: skip
         assert optimizer.step(True).applied

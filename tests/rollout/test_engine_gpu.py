@@ -7,13 +7,13 @@ import dataclasses
 import pytest
 import torch
 
-from pymathrl.batch import ROLE_SAMPLED
+from pymathrl.batch import ROLE_SAMPLED, Rollout
 from pymathrl.config import TrainConfig
 from pymathrl.models import Policy, char_tokenizer, new_policy
 from pymathrl.models.config import ModelConfig
 from pymathrl.models.paged import Pass
 from pymathrl.optim import Optimizer
-from pymathrl.rollout import Engine, score
+from pymathrl.rollout import Engine, SoftSampling, score
 from tests.gpu import cuda_skip_reason
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +54,28 @@ def test_a_replayed_graph_equals_the_calls_one_by_one(dtype: torch.dtype, monkey
             offsets = torch.tensor([0, 12], device="cuda")
             made.model.logits(made.model.hidden(ids, offsets)).logsumexp(-1).sum().backward()
             assert optimizer.step().applied
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_soft_tokens_in_a_graph_equal_the_calls_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = policy(dtype)
+
+    def draw() -> Rollout:
+        engine = Engine(made, 1)
+        seqs = engine.start(PROMPTS, uids=range(5))
+        engine.segment(seqs, 20, stop_ids=(), soft=SoftSampling(0.5, 0.01))
+        engine.segment(seqs, 10, stop_ids=())
+        return engine.rollout(seqs)
+
+    graphs = draw()
+    graphs.validate()
+    monkeypatch.setattr(Pass, "_capture", lambda self: self._once)
+    single = draw()
+    assert torch.equal(graphs.ids, single.ids) and torch.equal(graphs.logp, single.logp)
+    assert torch.equal(graphs.soft_inputs, single.soft_inputs)
+    if dtype == torch.float32:
+        gap = (score(made, graphs, 1.0).logp - graphs.logp)[graphs.sampled_mask].abs()
+        assert float(gap.mean()) < 1e-2  # densities of 64 coordinates are about -32
 
 
 def test_graphs_are_captured_and_survive_a_pool_that_grows() -> None:

@@ -81,6 +81,23 @@ def test_order_makes_no_new_problem():
     assert problem_key("2+3*4") == problem_key("4*3+2") != problem_key("2*3+4")
 
 
+def test_other_wordings_have_the_same_value():
+    task, rng, same = Arithmetic(), random.Random(0), 0
+    for index in range(200):
+        one = task.train(index, 0)
+        other = task.reword(one, rng)
+        assert other.answer == one.answer and sorted(other.meta["numbers"]) == sorted(one.meta["numbers"])
+        assert sorted(other.meta["ops"]) == sorted(one.meta["ops"])
+        assert task.grade(other, f"<answer>{one.answer}</answer>").correct
+        same += other.question == one.question
+    assert same < 60  # of a sum of two terms with a minus there is no other order
+    assert {task.reword(CHAIN, rng).question for _ in range(100)} == {
+        "37+485-6*12", "37-12*6+485", "37-6*12+485", "485+37-12*6", "485+37-6*12", "485-12*6+37", "485-6*12+37",
+    }  # fmt: skip
+    alone = Problem(0, "7-2", "5", {"numbers": (7, 2), "ops": "-"})
+    assert task.reword(alone, rng) is alone
+
+
 def test_prompts():
     task = Arithmetic()
     assert task.prompt(CHAIN, "compact") == "37+485-12*6 = ?\n<think>"

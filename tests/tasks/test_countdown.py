@@ -22,6 +22,7 @@ from pymathrl.tasks.countdown import (
 from pymathrl.tasks.expression import Binary, Literal, canonical, evaluate, literals, parse, render
 from pymathrl.tasks.holdout import is_held_out
 from pymathrl.tasks.problem import Problem
+from pymathrl.tasks.prompt_style import noted
 
 SHARED = Path(__file__).parents[2] / ".." / "shared" / "data"
 
@@ -375,6 +376,27 @@ def test_prompts():
         task.prompt(one, "compct")
 
 
+def test_other_wordings_permute_the_numbers():
+    task, rng = countdown(), random.Random(0)
+    one = task.train(5, 0)
+    seen = {task.reword(one, rng).question for _ in range(200)}
+    assert one.question not in seen and len(seen) > 3
+    other = task.reword(one, rng)
+    assert sorted(other.meta["nums"]) == sorted(one.meta["nums"]) and other.uid == one.uid
+    assert {k: v for k, v in other.meta.items() if k != "nums"} == {k: v for k, v in one.meta.items() if k != "nums"}
+    assert other.question == f"{' '.join(map(str, other.meta['nums']))} -> {one.meta['target']}"
+    assert task.reword(problem([5, 5], 10), rng).meta["nums"] == (5, 5)  # nothing to permute
+
+
+def test_a_hint_stands_below_the_question():
+    task, one = countdown(), problem([79, 17, 60], 36)
+    assert noted(task, one, "compact", "79-60=19,") == "79 17 60 -> 36\n<think>79-60=19,"
+    assert noted(task, one, "chat", "Hint: add.") == task.prompt(one, "chat") + "\nHint: add."
+    plain = noted(task, one, "plain", "Hint: add.")
+    assert plain.replace("\nHint: add.", "") == task.prompt(one, "plain")
+    assert plain.index("Hint: add.") < plain.index("\nAssistant:")
+
+
 def test_compact_text_stays_in_its_alphabet():
     task, rng = countdown(), random.Random(0)
     for index in range(100):
@@ -414,11 +436,12 @@ def test_file_is_split_once_and_visited_in_shuffled_epochs(tmp_path):
 
 def test_file_with_every_row_for_evaluation(tmp_path):
     rows = [
-        {"nums": [3, 4], "target": 12, "id": "a"},
+        {"nums": [3, 4], "target": 12, "id": "a", "hint": "Multiply."},
         {"nums": [4, 3], "target": 12},
         {"nums": [1, 1], "target": 9, "id": 7},
     ]
     task = countdown_file(write(tmp_path / "b.jsonl", rows), split="all")
+    assert [p.meta.get("hint") for p in task.test()] == ["Multiply.", None, None]
     assert [p.meta["id"] for p in task.test()] == ["a", "b.jsonl:2", "7"]  # repeated and unsolvable rows count too
     assert [p.question for p in task.test(2)] == ["3 4 -> 12", "4 3 -> 12"]
     assert len(task.test(99)) == 3
@@ -456,6 +479,7 @@ def test_small_file_has_both_sides(tmp_path):
         ('{"nums": [1, 2], "target": 3, "id": ""}', "field 'id' must be a non-empty string or an integer, got \"\""),
         ('{"nums": [1, 2], "target": 3, "id": [1]}', "field 'id' must be"),
         ('{"nums": [1, 2], "target": 3, "id": "x"}', "field 'id' must be unique (line 1 has it too), got \"x\""),
+        ('{"nums": [1, 2], "target": 3, "hint": " "}', "field 'hint' must be a text that is not empty"),
         ('{"nums": [1, 2], "target": 3', "expected a JSON object"),
     ],
 )

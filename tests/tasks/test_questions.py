@@ -1,6 +1,7 @@
 """Questions from a file: GSM8K's form, both ways to read an answer, held-out rows, and every defect as one sentence."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,48 @@ def test_options_and_defects(file, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             load_task(write(tmp_path / "bad.jsonl", [row]))
+
+
+def test_options(tmp_path):
+    row = {"question": "Which is prime?", "answer": "It has no divisor.\n#### 7", "options": ["4", "7", "9"]}
+    task = load_task(write(tmp_path / "choice.jsonl", [row]), split="all", format_score=0.1)
+    one = task.test()[0]
+    assert one.meta["options"] == ("4", "7", "9") and one.answer == "7" and one.meta["worked"] == "It has no divisor."
+    chat = task.prompt(one, "chat")
+    assert "Which is prime?\nA. 4\nB. 7\nC. 9\n" in chat and "letter" in chat
+    for answer, reward in (("B", 1.0), ("(B)", 1.0), ("B. 7", 1.0), ("7", 1.0), ("A", 0.1), ("9", 0.1), ("D", 0.0),
+                           ("b", 0.0), ("BC", 0.0), ("", 0.0), ("77", 0.0)):  # fmt: skip
+        grade = task.grade(one, f"B<answer>{answer}</answer>")
+        assert grade.reward == reward and grade.correct == (reward == 1.0), answer
+    assert task.grade(one, "B").reward == 0.0
+    assert task.grade(one, "<answer>B</answer>").canonical == "7"
+    words = {"question": "Sky?", "answer": "blue", "options": ["blue", "red"]}  # no number needed
+    assert load_task(write(tmp_path / "words.jsonl", [words]), split="all").test()[0].meta["value"] is None
+    for change, message in (
+        ({"options": ["4"]}, "field 'options' must be a list of 2 to 26 different texts"),
+        ({"options": ["4", "7", "7"]}, "field 'options' must be a list of 2 to 26 different texts"),
+        ({"options": ["4", 7]}, "field 'options' must be a list of 2 to 26 different texts"),
+        ({"options": ["4", "8"]}, "field 'answer' must be one of the options"),
+        ({"hint": ""}, "field 'hint' must be a text that is not empty"),
+        ({"hint": 3}, "field 'hint' must be a text that is not empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_task(write(tmp_path / "bad.jsonl", [{**row, **change}]))
+    with pytest.raises(UserError, match="use answer='tag'"):
+        load_task(tmp_path / "choice.jsonl", answer="last")
+
+
+def test_other_wordings_mean_the_same(tmp_path):
+    rows = [{"question": "Two?", "answer": "2", "hint": "One more than one."},
+            {"question": "Pick.", "answer": "x", "options": ["w", "x"]}]  # fmt: skip
+    task = load_task(write(tmp_path / "a.jsonl", rows), split="all")
+    plain, choice = task.test()
+    rng = random.Random(0)
+    for _ in range(20):
+        other = task.reword(plain, rng)
+        assert other.question.endswith(" Two?") and other.meta == plain.meta and other.meta["hint"]
+        shuffled = task.reword(choice, rng)
+        assert shuffled.meta["options"] == ("x", "w") and shuffled.question == choice.question
+        assert (
+            task.grade(shuffled, "<answer>A</answer>").correct and not task.grade(choice, "<answer>A</answer>").correct
+        )
