@@ -160,7 +160,7 @@ def test_tags_of_several_tokens(monkeypatch):
     assert max(tags.count(text)[0] for text in texts) >= 1
     for text, opened in zip(texts, blocks.tolist(), strict=True):
         assert opened <= text.count("?(") // 2 + 1 and text.count("?(") <= 2 * parallel_r1.BLOCKS
-        if opened == parallel_r1.BLOCKS:
+        if opened == text.count(">(") == parallel_r1.BLOCKS:
             behind = text.rsplit(">(", 1)[-1].partition(")>")[2]
             assert "::" not in behind
 

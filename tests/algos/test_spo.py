@@ -100,11 +100,13 @@ def test_start_counts_right_answers_of_each_problem():
     assert ctx.at.tokens == before, "once"
 
 
-def step(ctx):
-    """draw .. after_step, with no update."""
+def step(ctx, update=lambda: None):
+    """draw .. after_step; the answers to problems of even number are right."""
     prompts = ALGO.draw(ctx, ctx.train.prompts_per_step)
     rollout = ALGO.rollout(ctx, prompts, ctx.draws)
     batch = make_batch(ctx, ALGO.judge(ctx, ctx.verify(rollout, prompts.problems)))
+    batch = replace(batch, correct=(batch.rollout.uid >> 16) % 2 == 0)
+    update()
     ALGO.after_step(ctx, batch)
     ctx.at.step += 1
     return batch
@@ -113,24 +115,26 @@ def step(ctx):
 def test_a_problem_met_again_draws_anew_and_is_compared_with_its_last_response():
     policy = tiny_policy(seed=3)
     ctx = context("spo", "--pool", "4", "--offline-samples", "2", "--rho-min", "0.1", policy=policy)
-    first = step(ctx)
+    first = step(ctx, update=lambda: move(policy, 0.01, seed=1))
     assert first.rollout.uid.tolist() == [(uid << 16) + 2 for uid in range(4)]
     assert ctx.metrics["spo/first_sampled_ratio"] == 1 and ctx.metrics["spo/D"] == 0
-    alpha = ctx.memory.alpha.clone()
+    alpha, beta = ctx.memory.alpha.clone(), ctx.memory.beta.clone()
     kept = ctx.memory.last
-    assert kept.ids.equal(first.rollout.ids) and kept.logp.equal(ctx.score(first.rollout).logp)
+    assert kept.ids.equal(first.rollout.ids), "with the log-probs of the policy after the update"
+    assert kept.logp.equal(ctx.score(first.rollout).logp) and not kept.logp.equal(first.rollout.logp)
     move(policy, 0.002)
     now = ctx.score(first.rollout).logp
     second = step(ctx)
     assert second.rollout.uid.tolist() == [(uid << 16) + 3 for uid in range(4)]
     mask = first.rollout.sampled_mask
     distance = torch.stack([
-        (first.rollout.logp - now)[mask & (first.rollout.row_of_token == row)].abs().mean() for row in range(4)
+        (kept.logp - now)[mask & (first.rollout.row_of_token == row)].abs().mean() for row in range(4)
     ]).double()  # fmt: skip
     assert ctx.metrics["spo/D"] == pytest.approx(float(distance.mean()), rel=1e-5)
     rho = torch.exp2(-distance / 0.06).clamp(0.1, 0.96)
     assert len(set(rho.tolist())) == 4, "the case is inside the bounds"
-    assert ctx.memory.alpha.tolist() == pytest.approx((rho * alpha).tolist(), rel=1e-5), "no answer was right"
+    assert ctx.memory.alpha.tolist() == pytest.approx((rho * alpha + values(1, 0, 1, 0)).tolist(), rel=1e-5)
+    assert ctx.memory.beta.tolist() == pytest.approx((rho * beta + values(0, 1, 0, 1)).tolist(), rel=1e-5)
     assert ctx.memory.last.ids.equal(second.rollout.ids) and ctx.memory.visits.tolist() == [2] * 4
     assert ctx.metrics["spo/first_sampled_ratio"] == 0
 
