@@ -11,6 +11,10 @@ prompt: never trained, and no answer is read from it. A question gives one right
 both, of those drawn in training, and they are restarted from in the next step; the published code makes its states
 once, with the tuned model. --orm bt trains an outcome model beside, see `outcome`.
 
+The outcome model begins at chance, and --orm-normalize batch makes that chance as large as the verdict: on the built-in
+model pass@1 went 26.0 % -> 19.8 % with it, -> 24.7 % without it, -> 26.7 % with --orm none (20 steps of 64 x 8, one
+seed, standard error 2.5 points). With the defaults, one response to each of 512 prompts: -> 30.3 %.
+
 Differs from the code: a response that the length limit cut gets no end token; answers are read from the response alone,
 not from the last 128 characters of prompt and response. NOT FOUND: T, the share of restarts, how the outcome model is
 trained; the defaults are ours. Published with --temperature 0.6 and a model tuned to reflect; its rounds, in between
