@@ -44,6 +44,7 @@ RUNS: dict[str, list[str]] = {
     "ppo": ["--algo", "ppo"],
     "spo": ["--algo", "spo"],
     "soft_tokens": ["--algo", "soft_tokens"],
+    "soft_tokens, hard": ["--algo", "soft_tokens", "--cot-mode", "hard", "--lr", "4e-4"],
     "lp_reg": ["--algo", "lp_reg"],
     "cure": ["--algo", "cure"],
     "grpo, filtered": ["--algo", "grpo", "--filter", "band"],

@@ -264,6 +264,11 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
             f"--samples-per-prompt: --algo {algo.name} compares the responses to a problem, expected at least "
             f"{algo.min_samples}, got {train.samples_per_prompt}"
         )
+    if train.filter != "off" and train.samples_per_prompt < 2:
+        raise UserError(
+            f"--filter {train.filter} keeps groups by the accuracy of their responses: expected at least 2 "
+            f"--samples-per-prompt, got {train.samples_per_prompt}"
+        )
     if not 0 <= train.filter_low <= train.filter_high <= 1:
         raise UserError(
             f"expected 0 <= --filter-low <= --filter-high <= 1, got {train.filter_low} and {train.filter_high}"

@@ -11,14 +11,17 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+
 from pymathrl import devices
 from pymathrl.batch import Graded, Rollout
 from pymathrl.config import Run, TrainConfig
 from pymathrl.errors import UserError
-from pymathrl.learner import Learner
+from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
 from pymathrl.prompt import Prompts, draw, encode, encode_prompt
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
+from pymathrl.rollout.draws import SAMPLE_BITS
 from pymathrl.tasks import Problem, Task
 from pymathrl.tasks.prompt_style import noted
 from pymathrl.verify import verify
@@ -93,6 +96,10 @@ class Context:
         self.at.cursor = prompts.cursor
         return prompts
 
+    def problem_of(self, uid: int) -> Problem:
+        """The problem that a sample of training with this identity answers, see `Draws.uids`."""
+        return self.task.train(uid >> SAMPLE_BITS, self.train.seed)
+
     def encode(self, problem: Problem, note: str = "") -> list[int]:
         """The prompt of a problem as token ids, with a line of text below the question where one is given."""
         if note:
@@ -103,14 +110,17 @@ class Context:
         """The token ids of a text alone, without begin token or template: for forced phrases."""
         return self.policy.tokenizer.encode(text)
 
-    def generate(self, prompts: Prompts, draws: Draws | None = None, **options: Any) -> Rollout:
-        """Responses to the prompts, `draws.samples` each. options: more arguments of `Engine.generate`."""
+    def generate(
+        self, prompts: Prompts, draws: Draws | None = None, *, uids: Tensor | None = None, **options: Any
+    ) -> Rollout:
+        """Responses to the prompts, `draws.samples` each. uids int64 [P*samples]: identities of the samples, where the
+        prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`."""
         d = draws or self.draws
         return self.engine.generate(
             prompts.ids,
             d.samples,
             d.max_new_tokens,
-            uids=d.uids(prompts.problems),
+            uids=d.uids(prompts.problems) if uids is None else uids,
             seed=d.seed,
             **d.sampling,
             **options,
@@ -149,7 +159,12 @@ class Context:
                 )
         return self._reference
 
-    def new_learner(self, policy: Policy, updates: int) -> Learner:
-        """Another model to train beside the policy, under the same options; `updates`: its optimizer steps in all.
-        Keep it in the memory and save its `state_dict`."""
-        return Learner(policy, self.train, updates=updates)
+    def new_learner(self, policy: Policy, updates: int, **options: Any) -> Learner:
+        """Another model to train beside the policy, under the run's options but for `options` of these; `updates`: its
+        optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return Learner(policy, replace(self.train, **options), updates=updates)
+
+    def new_critic(self, lr: float, updates: int) -> CriticLearner:
+        """A critic to train beside the policy, of its layers as they are now, under the same options but for the
+        learning rate; `updates`: its optimizer steps in all. Keep it in the memory and save its `state_dict`."""
+        return CriticLearner(self.policy, replace(self.train, lr=lr), updates=updates)

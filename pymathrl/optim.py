@@ -104,7 +104,8 @@ class Optimizer:
             weight.copy_(master)
 
     def state_dict(self) -> dict:
-        masters = [master.detach() for _, master in self._masters()]
+        # all or none: a model of mixed precision may be loaded where every weight is fp32
+        masters = [p.detach() for p in self.parameters] if self._masters() else []
         return {"adamw": self.adamw.state_dict(), "updates": self.updates, "masters": masters}
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class Optimizer:
         as it does between a CPU and a GPU: saved masters become fp32 weights, and loaded weights become masters where
         none were saved. ValueError, with nothing changed, where the state is of another model."""
         saved: list[torch.Tensor] = state["masters"]
-        own: list[torch.Tensor] = [p for _, p in self._masters()] or list(self.parameters if saved else ())
+        own: list[torch.Tensor] = list(self.parameters) if saved else [p for _, p in self._masters()]
         moments = state["adamw"]["state"]
         ordered = [p for group in self.adamw.param_groups for p in group["params"]]
         indices = [i for group in state["adamw"]["param_groups"] for i in group["params"]]

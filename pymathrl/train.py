@@ -100,7 +100,7 @@ def train(run: Run) -> int:
         policy = replace(policy, prompt_style=config.prompt_style)
     policy.model.train()
     # before the optimizer makes masters, which are part of the plan
-    memory = [plan_memory(stage.train, policy, device) for stage in stages]
+    memory = [plan_memory(stage.train, policy, device, stage.algo.trained_beside) for stage in stages]
     plan = describe(run, stages, policy, device, threads, memory)
     if run.dry_run:
         print("\n".join(plan))
@@ -418,10 +418,12 @@ def kept_bytes(m: ModelConfig, size: int) -> int:
     return m.num_layers * (kept * size + 4 * (2 + m.num_heads))
 
 
-def plan_memory(c: TrainConfig, policy: Policy, device: torch.device) -> Memory:
+def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_policy: int = 0) -> Memory:
+    """beside_policy: more models of its size, not loaded yet, that are trained beside it, one after the other."""
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
     update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # bf16: also a master and its gradient
+    update += beside_policy * (count * size + update)
     context = c.max_prompt_tokens + c.max_new_tokens
     rows = c.prompts_per_step * c.samples_per_prompt
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)

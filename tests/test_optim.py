@@ -142,6 +142,32 @@ def test_masters_travel_with_the_state():
         assert torch.equal(a, b)
 
 
+class Mixed(torch.nn.Module):
+    """Like a critic: low-precision layers under an fp32 vector."""
+
+    def __init__(self, low):
+        super().__init__()
+        self.vector = torch.nn.Parameter(torch.linspace(0, 1, 5))
+        self.matrix = torch.nn.Parameter(torch.linspace(-1, 1, 12).view(3, 4).to(low))
+
+
+@pytest.mark.parametrize("source, target", [(a, b) for a in (0, 1) for b in (0, 1)])
+def test_a_model_of_mixed_precision_goes_on_in_every_other(source, target):
+    kinds, config = (torch.bfloat16, torch.float32), dataclasses.replace(TrainConfig(), lr=1e-4)
+    saved, model = Mixed(kinds[source]), Mixed(kinds[target])
+    optimizer = stepped(saved, config)
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), saved.parameters(), strict=True):
+            p.copy_(q)
+    other = Optimizer(model, config, 10)
+    other.load_state_dict(optimizer.state_dict())
+    vector, matrix = optimizer.parameters
+    if source == 1:  # there are no masters in the state: the loaded weights become them
+        matrix = matrix.to(kinds[target]).float()
+    assert torch.equal(other.parameters[0], vector) and torch.equal(other.parameters[1], matrix)
+    assert torch.equal(model.vector, vector) and torch.equal(model.matrix, matrix.to(kinds[target]))
+
+
 def full_precision_model(seed=0):
     """A model in fp32 with weights that bf16 holds: what a bf16 checkpoint becomes on a CPU."""
     model = tiny_policy(seed).model

@@ -92,6 +92,7 @@ class Algo:
     min_samples: least --samples-per-prompt with which the algorithm can learn anything.
     check(train options, own config): raises UserError for options that do not go together [anything goes].
     memory(ctx) -> what it keeps between steps, as ctx.memory; None: nothing.
+    trained_beside: models of the policy's size that it may train beside it; the memory plan leaves room for them.
 
     In the order of a step:
     draw(ctx, count) -> Prompts: the next problems [the next of the task's stream].
@@ -121,6 +122,7 @@ class Algo:
     check: Callable[[Any, Any], None] = _check
     tools: bool = False
     memory: Callable[[Context], Memory] | None = None
+    trained_beside: int = 0
     draw: Callable[[Context, int], Prompts] = _draw
     rollout: Callable[[Context, Prompts, Draws], Rollout] = _rollout
     verify: Callable[[Context, Rollout, Prompts], Graded] = _verify

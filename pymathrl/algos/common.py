@@ -64,3 +64,17 @@ def group_scores(graded: Graded, **options: Any) -> Tensor:
     """fp32 [B]: `group_advantage` of the responses' rewards within their groups."""
     offsets = graded.rollout.group_offsets
     return group_advantage(response_reward(graded), offsets, **options).advantage
+
+
+def whiten(values: Tensor, mask: Tensor, *, eps: float = 0.0, floor: float = 0.0, correction: int = 1) -> Tensor:
+    """fp32 [T]: (x - mean) / sqrt(max(var, floor) + eps) over the tokens of mask bool [T]; 0 elsewhere.
+
+    Every token counts alike, so a long response counts more. var = sum of squares / (N - correction). In fp64, where
+    sums of equal fp32 numbers are exact: equal values give exactly 0, with no rounding for a tiny eps to blow up.
+    """
+    x = values[mask].double()
+    if x.numel() <= correction:
+        return torch.zeros_like(values)
+    x = x - x.mean()
+    scale = (x.square().sum() / (x.numel() - correction)).clamp(min=floor) + eps
+    return torch.zeros_like(values).masked_scatter(mask, (x / scale.sqrt()).float())

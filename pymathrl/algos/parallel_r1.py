@@ -73,7 +73,7 @@ class Tags:
         """(well-formed blocks, whether all tags are theirs). Well-formed: two or more paths, then one summary."""
         outside = "|".join(map(re.escape, (*self.odd, self.path[1], self.summary[1])))
         path, summary = (f"{re.escape(a)}(?:(?!{outside}).)*{re.escape(b)}" for a, b in (self.path, self.summary))
-        begin, end = map(re.escape, self.block)
+        begin, end = re.escape(self.block[0]), re.escape(self.block[1].strip())
         block = rf"{begin}\s*(?:{path}\s*?){{2,}}{end}\s*{summary}"
         rest, blocks = re.subn(block, "", text, flags=re.DOTALL)
         return blocks, not any(tag in rest for tag in self.odd)
@@ -224,7 +224,9 @@ class _Writer:
     def _rollout(self, capped: set[int]) -> Rollout:
         size = torch.tensor([1 + len(r.branches) for r in self.rows])
         of = torch.arange(len(self.rows)).repeat_interleave(size)
-        made = self.engine.rollout([s for r in self.rows for s in (r.seq, *r.branches)], of // self.draws.samples)
+        made = self.engine.rollout(
+            [s for r in self.rows for s in (r.seq, *r.branches)], (of // self.draws.samples).tolist()
+        )
         stop = torch.tensor([r.stop for r in self.rows], dtype=torch.int8)
         move = lambda values: values.to(made.device)
         made = replace(made, parent=move((size.cumsum(0) - size)[of]), stop=move(stop[of]))

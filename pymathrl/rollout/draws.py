@@ -11,15 +11,16 @@ import torch
 from pymathrl.errors import UserError
 from pymathrl.tasks.problem import Problem
 
-MAX_SAMPLES = 1 << 16  # a sample's identity is (problem uid, 16 bits)
+SAMPLE_BITS = 16  # of a sample's identity, which is (problem uid, these bits)
+MAX_SAMPLES = 1 << SAMPLE_BITS
 
 
 @dataclass(frozen=True)
 class Draws:
     """samples responses per prompt of at most max_new_tokens, under these filters.
 
-    first: number of the first sample. A second look at the same problem under the same seed needs other numbers, or it
-        would draw the same responses again.
+    first: number of the first sample, one for all prompts or one per prompt. A second look at the same problem under
+        the same seed needs other numbers, or it would draw the same responses again.
     """
 
     samples: int
@@ -29,7 +30,7 @@ class Draws:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
-    first: int = 0
+    first: int | Sequence[int] = 0
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -41,8 +42,10 @@ class Draws:
         return sample_uids(problems, self.samples, self.first)
 
 
-def sample_uids(problems: Sequence[Problem], samples: int, first: int = 0) -> torch.Tensor:
-    if first + samples > MAX_SAMPLES:
-        raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {first + samples}")
+def sample_uids(problems: Sequence[Problem], samples: int, first: int | Sequence[int] = 0) -> torch.Tensor:
+    firsts = torch.tensor([first] * len(problems) if isinstance(first, int) else list(first), dtype=torch.int64)
+    most = samples + int(firsts.max()) if problems else 0
+    if most > MAX_SAMPLES:
+        raise UserError(f"at most {MAX_SAMPLES} responses per problem can be told apart, got {most}")
     problem = torch.tensor([p.uid for p in problems], dtype=torch.int64)
-    return ((problem << 16)[:, None] + torch.arange(first, first + samples)).flatten()
+    return ((problem << SAMPLE_BITS)[:, None] + firsts[:, None] + torch.arange(samples)).flatten()

@@ -387,8 +387,10 @@ class Engine:
         """
         slots = self._check(seqs)
         limits = [max_new_tokens] * len(seqs) if isinstance(max_new_tokens, int) else list(max_new_tokens)
-        if len(limits) != len(seqs) or min(limits) < 1:
-            raise ValueError(f"segment: max_new_tokens must be >= 1, one or {len(seqs)} of them, got {max_new_tokens}")
+        if min(limits) < 1:
+            raise ValueError(f"segment: max_new_tokens must be >= 1, got {min(limits)}")
+        if len(limits) != len(seqs):
+            raise ValueError(f"segment: max_new_tokens must be one number or {len(seqs)}, got {len(limits)}")
         most = torch.tensor(limits)
         longest = int((self._length[slots] + most).argmax())
         self._check_length(int(self._length[slots[longest]]), limits[longest])

@@ -12,7 +12,7 @@ import torch
 
 from pymathrl.advantage import advantage, mask_tokens, reference_terms
 from pymathrl.algos import REGISTRY
-from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_EOS, Batch, Graded, Rollout
+from pymathrl.batch import ROLE_FORCED, ROLE_PROMPT, ROLE_SAMPLED, STOP_EOS, Batch, Graded, Rollout
 from pymathrl.config import parse_train
 from pymathrl.context import Context, Position
 from pymathrl.learner import Learner
@@ -129,6 +129,18 @@ def sampled(policy: Any, groups: int = 2, samples: int = 4, length: int = 10, te
     texts = ("3 4 -> 7\n<think>", "12 5 9 -> 26\n<think>", "8 2 -> 4\n<think>")[:groups]
     prompts = [policy.tokenizer.encode(text) for text in texts]
     return Engine(policy, seed=1).generate(prompts, samples, length, temperature=temperature)
+
+
+def ragged(rollout: Rollout) -> Rollout:
+    """The rollout with the first b mod 4 response tokens of row b as forced ones: rows of different counts, as the tiny
+    model, which never ends, does not draw them."""
+    row = rollout.row_of_token
+    place = torch.arange(rollout.tokens) - (rollout.offsets[:-1] + rollout.prompt_len)[row]
+    forced = (place >= 0) & (place < row % 4)
+    zeroed = {name: torch.where(forced, 0.0, getattr(rollout, name)) for name in ("logp", "mean_logp", "entropy")}
+    out = replace(rollout, role=torch.where(forced, ROLE_FORCED, rollout.role).to(torch.int8), **zeroed)
+    out.validate()
+    return out
 
 
 def move(policy: Any, scale: float = 0.03, seed: int = 0) -> None:

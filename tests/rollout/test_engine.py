@@ -13,7 +13,6 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
 from pymathrl.advantage import advantage
-from pymathrl.algos import REGISTRY
 from pymathrl.batch import (
     ROLE_FORCED,
     ROLE_PROMPT,
@@ -24,13 +23,13 @@ from pymathrl.batch import (
     STOP_STRING,
     Rollout,
 )
-from pymathrl.config import parse_train
 from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.models import Policy, Tokenizer, new_policy
 from pymathrl.optim import Optimizer
 from pymathrl.rollout import Engine, Snapshot, Step, StepStats, score
 from pymathrl.rollout import engine as engine_module
+from tests.algos.cases import context, with_rewards
 from tests.rollout.cases import (
     CONFIG,
     FIELDS,
@@ -502,6 +501,33 @@ def test_forks_share_pages_and_go_their_own_ways(policy: Policy, engine: Engine)
     assert engine.tokens(d)[len(history) :] == naive_draws(policy, history, len(prompt), 5, 1, SEED)[0]
 
 
+def test_forks_of_many_sequences_are_those_of_each(policy: Policy) -> None:
+    """Also where not all of them find room at once."""
+    uids = list(range(50, 50 + 2 * len(PROMPTS)))
+    single, many = Engine(policy, SEED), Engine(policy, SEED, max_batch=2)
+    a, b = single.start(PROMPTS, range(len(PROMPTS))), many.start(PROMPTS, range(len(PROMPTS)))
+    copies = [c for i, seq in enumerate(a) for c in single.fork(seq, 2, uids[2 * i : 2 * i + 2])]
+    together = many.fork(b, 2, uids)
+    for engine, seqs in ((single, a + copies), (many, b + together)):
+        engine.segment(seqs, 6, stop_ids=())
+    assert many.lengths(b) == [len(p) + 6 for p in PROMPTS]
+    assert_same_rollout(many.rollout(b + together), single.rollout(a + copies))
+    many.free(b + together)
+    assert_no_pages(many)
+
+
+def test_a_segment_with_a_seed_and_a_limit_of_each_sequence(policy: Policy) -> None:
+    limits = [3 + i for i in range(len(PROMPTS))]
+    want = Engine(policy, SEED).generate(PROMPTS, 1, limits, seed=SEED + 1, stop_ids=())
+    engine = Engine(policy, SEED)
+    seqs = engine.start(PROMPTS, range(len(PROMPTS)))
+    assert engine.segment(seqs, limits, seed=SEED + 1, stop_ids=()) == ["length"] * len(seqs)
+    assert_same_rollout(engine.rollout(seqs), want)
+    for bad, message in (([1], "one number or"), ([*limits[1:], 0], ">= 1, got 0")):
+        with pytest.raises(ValueError, match=message):
+            engine.segment(seqs, bad)
+
+
 def test_fork_before_anything_was_drawn(policy: Policy, engine: Engine) -> None:
     (a,) = engine.start([PROMPTS[4]], uids=[0])
     forks = engine.fork(a, 3, uids=[1, 2, 3])
@@ -608,7 +634,7 @@ def test_segments_say_why_they_stop(policy: Policy, whole: Rollout, engine: Engi
         assert engine.tokens(seq)[: len(before[i])] == before[i] and len(drawn) >= 2
         assert drawn == naive_draws(policy, before[i], len(PROMPTS[i // N]), int(UIDS[i]), len(drawn), SEED)[0]
     assert engine.segment(seqs[:2], 1, stop_ids=(), deadline_s=60.0) == ["length"] * 2
-    with pytest.raises(ValueError, match="segment: max_new_tokens must be >= 1, got 0"):
+    with pytest.raises(ValueError, match=r"segment: max_new_tokens must be >= 1, one or .* got 0"):
         engine.segment(seqs, 0)
 
 
@@ -753,17 +779,15 @@ def test_weights_stay_where_they_are_and_recorded_passes_see_the_new_ones() -> N
     """Contract C2 over 10 optimizer steps: one copy of the weights, nothing to bring over, nothing stale."""
     policy = sharp_policy()
     engine = Engine(policy, SEED)
-    algo = REGISTRY["grpo"]
-    config = parse_train(["--algo", "grpo", "--lr", "1e-2"]).train
-    optimizer = Optimizer(policy.model, config, 10)
+    ctx = context("grpo", "--lr", "1e-2", policy=policy)
+    optimizer = Optimizer(policy.model, ctx.train, 10)
     where = [p.data_ptr() for p in policy.model.parameters()]
     seen = []
     for _ in range(10):
         rollout = engine.generate(PROMPTS[:3], 4, 8)
-        reward = (torch.arange(12) % 3 == 0).float()
-        batch = advantage(rollout, reward, reward > 0, algo, algo.config()).batch
+        batch = advantage(ctx, with_rewards(rollout, (torch.arange(12) % 3 == 0).float()))
         minibatch_loss(
-            policy.model, batch, range(12), algo.loss(algo.config()), temperature=1.0, token_budget=100,
+            policy.model, batch, range(12), ctx.run.algo.loss(ctx.own), temperature=1.0, token_budget=100,
             max_new_tokens=8,
         )  # fmt: skip
         assert optimizer.step(True).applied
