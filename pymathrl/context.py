@@ -84,6 +84,11 @@ class Context:
         return self.at.stage_step / max(1, self.train.steps)
 
     @property
+    def kl_coef(self) -> float:
+        """The factor of --kl as --kl-target has moved it, also before the first batch of a stage."""
+        return self.train.kl_coef if self.at.kl_coef < 0 else self.at.kl_coef
+
+    @property
     def draws(self) -> Draws:
         """How the rollouts of training are drawn."""
         c = self.train

@@ -42,7 +42,7 @@ class Learner:
         self.optimizer = Optimizer(policy.model, config, updates)
         self.current = Update()
 
-    def restart(self, config: TrainConfig, *, updates: int, max_pages: int) -> None:
+    def restart(self, config: TrainConfig, *, updates: int, max_pages: int | None = None) -> None:
         """Goes on with these weights under the options of another stage, whose schedule starts anew."""
         self.config = config
         self.engine = Engine(self.policy, config.seed, max_batch=config.rollout_rows, max_pages=max_pages)

@@ -44,10 +44,12 @@ from torch import Tensor
 from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import SEQ_MEAN, clip_high, clip_low, clip_terms, group_scores
 from pymathrl.batch import Batch, Graded, Rollout, enumerate_ragged
+from pymathrl.errors import UserError
 from pymathrl.ops.group_advantage import group_advantage
 from pymathrl.options import at_least, option, positive
 
 if TYPE_CHECKING:
+    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
     from pymathrl.models import Policy, Tokenizer
     from pymathrl.prompt import Prompts
@@ -91,20 +93,34 @@ class Config:
     adv_eps: float = positive(1e-6, "added to each std (ours)")
 
 
+def _updates(ctx: Context) -> int:
+    c = ctx.train
+    return ctx.own.verifier_warmup + c.steps * c.epochs * c.minibatches // ctx.own.generator_updates
+
+
+def _options(ctx: Context) -> dict[str, Any]:
+    """Those of the verifier that are not the run's."""
+    return {"minibatches": 1, "epochs": 1, "lr": ctx.own.verifier_lr or ctx.train.lr}
+
+
 class Memory:
     """The verifier and where the alternation stands. phase: optimizer steps of the generator. counts: moving averages
-    of right and wrong solutions, None before the first."""
+    of right and wrong solutions, None before the first. stage: of the run, whose options the verifier follows."""
 
     def __init__(self, ctx: Context) -> None:
-        own, train = ctx.own, ctx.train
         policy = ctx.frozen_copy()
         policy.model.requires_grad_(True).train()
-        updates = own.verifier_warmup + train.steps * train.epochs * train.minibatches // own.generator_updates
-        lr = own.verifier_lr or train.lr
-        self.learner = ctx.new_learner(policy, updates, minibatches=1, epochs=1, lr=lr)
-        self.warm = not own.verifier_warmup
+        self.learner = ctx.new_learner(policy, _updates(ctx), **_options(ctx))
+        self.warm = not ctx.own.verifier_warmup
         self.phase = 0
         self.counts: list[float] | None = None
+        self.stage = ctx.at.stage
+
+    def follow(self, ctx: Context) -> None:
+        """Under the options of the stage that the run is in: it draws and is trained at one temperature."""
+        if self.stage != ctx.at.stage:
+            self.stage = ctx.at.stage
+            self.learner.restart(replace(ctx.train, **_options(ctx)), updates=_updates(ctx))
 
     def balance(self, right: int, wrong: int, decay: float) -> tuple[float, float]:
         """s of right and of wrong solutions, after these counts of a batch."""
@@ -245,7 +261,7 @@ def train_verifier(ctx: Context, rollout: Rollout, correct: Tensor) -> dict[str,
     extra, spec = {}, loss(own)
     if config.kl != "none" and config.kl_in == "loss":
         extra = {"ref_logp": ctx.score(drawn, ctx.reference()).logp}
-        spec = replace(spec, terms={**spec.terms, "kl": config.kl, "kl_coef": ctx.at.kl_coef}, idle_when_zero=False)
+        spec = replace(spec, terms={**spec.terms, "kl": config.kl, "kl_coef": ctx.kl_coef}, idle_when_zero=False)
     batch = Batch(
         drawn, reward, right, torch.where(mask, drawn.per_token(scores), zero), torch.where(mask, zero + 1, zero),
         zero + 1, extra,
@@ -261,6 +277,7 @@ def train_verifier(ctx: Context, rollout: Rollout, correct: Tensor) -> dict[str,
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     """Responses; before the first, the verifier's warm-up on further problems of the stream, one response each."""
     memory = ctx.memory
+    memory.follow(ctx)
     if not memory.warm:
         for _ in range(ctx.own.verifier_warmup):
             more = ctx.draw(ctx.train.prompts_per_step)
@@ -325,6 +342,14 @@ def learn(ctx: Context, mini: Batch) -> Mapping[str, float]:
     return train_verifier(ctx, mini.rollout.select(rows), mini.correct[rows])
 
 
+def check(train: TrainConfig, own: Any) -> None:
+    if train.samples_per_prompt >= LOOKS:
+        raise UserError(
+            f"--algo tango: expected at most {LOOKS - 1} --samples-per-prompt, as each verification of a solution has "
+            f"random numbers of its own, got {train.samples_per_prompt}"
+        )
+
+
 def loss(config: Config) -> LossSpec:
     return LossSpec("clip", SEQ_MEAN, clip_terms(config), idle_when_zero=True)
 
@@ -336,7 +361,9 @@ ALGO = Algo(
     config=Config,
     advantage=advantage,
     loss=loss,
+    check=check,
     memory=Memory,
+    trained_beside=1,
     rollout=rollout,
     judge=judge,
     learn=learn,

@@ -229,3 +229,29 @@ def test_resume_gives_the_same_bits(tmp_path):
     assert losses[0] == losses[1] and len(losses[0]) == 5
     turns = [m["verifier/reward"] for m in read_metrics(whole) if "verifier/reward" in m]
     assert len(turns) == 3, "of 10 optimizer steps"
+
+
+def test_the_warm_up_keeps_the_verifier_near_the_reference_and_stages_have_their_own_options(monkeypatch):
+    flags = ("--samples-per-prompt", "3", "--verifier-warmup", "1", "--kl", "k3", "--kl-coef", "0.5")
+    ctx = context("tango", *flags, policy=tiny_policy(seed=3))
+    ctx._reference = ctx.frozen_copy()
+    specs = []
+    monkeypatch.setattr(
+        ctx.memory.learner, "update",
+        lambda batch, spec, real=ctx.memory.learner.update: specs.append(spec) or real(batch, spec),
+    )  # fmt: skip
+    tango.rollout(ctx, ctx.draw(1), ctx.draws)  # before the first batch has set the factor of the KL
+    assert specs[0].terms["kl_coef"] == 0.5
+    ctx.run = replace(ctx.run, train=replace(ctx.train, temperature=0.7, lr=0.25))
+    tango.rollout(ctx, ctx.draw(1), ctx.draws)
+    assert ctx.memory.learner.config.temperature == 1.0, "the same stage"
+    ctx.at.stage = 1
+    tango.rollout(ctx, ctx.draw(1), ctx.draws)
+    config = ctx.memory.learner.config
+    assert (config.temperature, config.lr, config.minibatches) == (0.7, 0.25, 1)
+    assert len(specs) == 1, "one warm-up for the whole run"
+
+
+def test_more_verifications_than_can_be_told_apart_are_refused(capsys):
+    assert main(["--algo", "tango", "--samples-per-prompt", "256", "--dry-run"]) == 2
+    assert "at most 255 --samples-per-prompt" in capsys.readouterr().err
