@@ -20,6 +20,7 @@ a process of its own, see `pymathrl.sandbox`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -32,7 +33,7 @@ from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_scores
 from pymathrl.batch import ROLE_FORCED, Graded, Rollout
 from pymathrl.options import at_least, option, positive
-from pymathrl.sandbox import Sandbox, escape_tags
+from pymathrl.sandbox import Result, Sandbox, escape_tags
 
 if TYPE_CHECKING:
     from pymathrl.context import Context
@@ -40,7 +41,9 @@ if TYPE_CHECKING:
     from pymathrl.rollout.draws import Draws
 
 STOP = {"python": "</code>", "calculator": "="}
-ERROR = "?"  # what the calculator gives for a text that is no expression
+DIGITS = set("0123456789+-*/() ")
+ERROR = "?"  # what the calculator gives where there is no number, or one that the built-in model cannot write: 1e-05
+FENCED = re.compile(r"```[^\n`]*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,22 @@ def last_code(tool: str, text: str) -> str | None:
     """The program of a response that stopped at a call; None: there is none to execute."""
     if tool == "calculator":
         expression = text.rpartition("=")[0].replace(",", "\n").rpartition("\n")[2]
-        return expression if expression and set(expression) <= set("0123456789+-*/() ") else None
+        return expression if expression.strip() and set(expression) <= DIGITS else None
     block = text.rpartition("</code>")[0].rpartition("<code>")[2].strip()
-    if block.startswith("```"):
-        block = block.partition("\n")[2].rpartition("```")[0]
-    return block or None
+    fenced = FENCED.findall(block)
+    return (fenced[-1] if fenced else block) or None
 
 
-def shown(tool: str, output: str, ok: bool) -> str:
-    """The text that is put behind a call."""
+def shown(tool: str, output: str, ok: bool, special: Sequence[str] = ()) -> str:
+    """The text that is put behind a call. special: texts that the tokenizer reads as one of its special tokens, such as
+    </s>; a blank after their first letter makes them letters like others."""
     if tool == "calculator":
-        return output.strip() if ok else ERROR
-    return f"\n<interpreter>\n{escape_tags(output)}</interpreter>\n\n"
+        number = output.strip()
+        return number if ok and number and set(number) <= DIGITS | {"."} else ERROR
+    output = escape_tags(output)
+    for text in special:
+        output = output.replace(text, f"{text[0]} {text[1:]}")
+    return f"\n<interpreter>\n{output}</interpreter>\n\n"
 
 
 def execute(ctx: Context, codes: Sequence[str | None]) -> list[str]:
@@ -97,8 +104,11 @@ def execute(ctx: Context, codes: Sequence[str | None]) -> list[str]:
     results = dict(zip(distinct, box.run_many(distinct), strict=True))
     failed = sum(not r.ok for r in results.values())
     ctx.metrics["tool/failed"] = ctx.metrics.get("tool/failed", 0.0) + failed
-    missing = "SyntaxError: no code block was found"
-    return [shown(tool, missing, False) if c is None else shown(tool, results[c].output, results[c].ok) for c in codes]
+    missing = Result("SyntaxError: no code block was found", False, "error", 0.0)
+    given = [missing if code is None else results[code] for code in codes]
+    added = ctx.policy.tokenizer.backend.get_added_tokens_decoder().values()
+    special = [token.content for token in added if token.special]
+    return [shown(tool, result.output, result.ok, special) for result in given]
 
 
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
