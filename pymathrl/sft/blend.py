@@ -17,7 +17,7 @@ from pymathrl.errors import UserError, nearest
 from pymathrl.models import Policy
 from pymathrl.sft.rows import TEMPLATES, Example, exchange, join, read_row
 from pymathrl.tasks import Task
-from pymathrl.tasks.jsonl import read_objects
+from pymathrl.tasks.jsonl import read_objects, shuffled
 
 BLOCK = 1000  # draws in which every source has its exact share
 SEED_STEP = 1_000_003  # between the streams of random numbers of neighbouring seeds
@@ -46,10 +46,8 @@ class FileRows:
 
     def example(self, index: int, seed: int) -> Example:
         epoch, at = divmod(index, len(self.examples))
-        if self._order[0] != (seed, epoch):
-            order = list(range(len(self.examples)))
-            random.Random(seed * SEED_STEP + epoch).shuffle(order)
-            self._order = ((seed, epoch), order)
+        if self._order[0] != (seed, epoch):  # kept here: `shuffled` remembers fewer orders than a blend may have files
+            self._order = ((seed, epoch), shuffled(len(self.examples), seed, epoch))
         return self.examples[self._order[1][at]]
 
     def digest(self) -> str:
@@ -112,26 +110,27 @@ class DataSpec:
     template: str = "mcq"
 
 
-def parse_data(text: str) -> list[DataSpec]:
-    """FILE[:WEIGHT][:TEMPLATE], comma-separated: "a.jsonl:2,b.jsonl:1:open". Weights for all files or for none."""
+def parse_data(text: str, option: str = "--data") -> list[DataSpec]:
+    """FILE[:WEIGHT][:TEMPLATE], comma-separated: "a.jsonl:2,b.jsonl:1:open". Weights for all files or for none.
+    option: where the text is from, for errors."""
     specs = []
     for part in filter(None, text.split(",")):
         path, weight, template = part, None, "mcq"
         head, _, tail = path.rpartition(":")
         if head and not tail.endswith(".jsonl") and not _is_number(tail):
             if tail not in TEMPLATES:
-                raise UserError(f"--data {part}: unknown template {tail!r}; {nearest(tail, TEMPLATES)}")
+                raise UserError(f"{option} {part}: unknown template {tail!r}; {nearest(tail, TEMPLATES)}")
             path, template = head, tail
             head, _, tail = path.rpartition(":")
         if head and _is_number(tail):
             path, weight = head, float(tail)
             if not 0 < weight < float("inf"):
-                raise UserError(f"--data {part}: expected a weight above 0, got {tail}")
+                raise UserError(f"{option} {part}: expected a weight above 0, got {tail}")
         specs.append(DataSpec(path, weight, template))
     if not specs:
-        raise UserError(f"--data: expected FILE[:WEIGHT][:TEMPLATE], comma-separated, got {text!r}")
+        raise UserError(f"{option}: expected FILE[:WEIGHT][:TEMPLATE], comma-separated, got {text!r}")
     if 0 < sum(s.weight is None for s in specs) < len(specs):
-        raise UserError(f"--data: expected weights for all files or for none, got {text!r}")
+        raise UserError(f"{option}: expected weights for all files or for none, got {text!r}")
     return specs
 
 

@@ -84,11 +84,12 @@ class SftConfig:
                                    check=lambda v: 0 <= v <= 1, expected="in [0, 1]")  # fmt: skip
     max_per_problem: int = positive(4, "rft: different responses kept of one problem")
     revise: str = option("no", "rft: what is kept is first made shorter by Retro-Search", choices=("no", "retro"))
-    switch_words: str = option("alternatively,wait", "retro: words, comma-separated, that begin another thought",
+    switch_words: str = option("alternatively,wait", "retro: words, comma-separated, that begin another thought (the "
+                               "paper's list was not found; ours)",
                                check=lambda v: any(w.strip() for w in v.split(",")), expected="a word")  # fmt: skip
     step_break: str = option("\n\n", "retro: text between steps; a try may not begin a thought in its first step",
                              check=bool, expected="a text that is not empty")  # fmt: skip
-    step_discount: float = option(0.9, "retro: value of a right answer per step that leads to it",
+    step_discount: float = option(0.9, "retro: value of a right answer per step that leads to it (not found; ours)",
                                   check=lambda v: 0 < v < 1, expected="in (0, 1)")  # fmt: skip
 
     max_prompt_tokens: int = like("max_prompt_tokens")
@@ -223,8 +224,10 @@ def _check(c: SftConfig) -> None:
         raise UserError(f"expected --top-p in (0, 1] and --min-p in [0, 1], got {c.top_p} and {c.min_p}")
     if c.data is not None:
         parse_data(c.data)
-    if c.eval_data is not None and len(parse_data(c.eval_data)) > 1:
-        raise UserError(f"--eval-data: expected one file, got {c.eval_data!r}")
+    if c.eval_data is not None:
+        specs = parse_data(c.eval_data, "--eval-data")
+        if len(specs) > 1 or specs[0].weight is not None:
+            raise UserError(f"--eval-data: expected one file, without a weight, got {c.eval_data!r}")
 
 
 def _check_resume(typed: dict[str, Any], saved: dict[str, Any], task: str | None) -> None:

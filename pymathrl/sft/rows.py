@@ -6,7 +6,6 @@ of its own text, as at generation, where the prompt is encoded before the first 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +18,10 @@ from pymathrl.errors import UserError
 from pymathrl.models import Policy
 from pymathrl.prompt import encode_prompt
 from pymathrl.tasks.jsonl import fail
+from pymathrl.tasks.questions import LETTERS
 
 Segment = tuple[list[int], bool]  # token ids, and whether they are trained
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+MAX_WEIGHT = 1e6  # of a row; 1e300 is infinite in fp32, and the loss nan
 
 
 @dataclass(frozen=True)
@@ -195,20 +195,21 @@ def read_row(
     optional in all.
     """
     weight = item.get("weight", 1.0)
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
-        fail(path, line, item, "weight", "a number above 0")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+        fail(path, line, item, "weight", f"a number from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}")
     try:
         if mode == "cft":
             question, solution = text_of(path, line, item, "question"), text_of(path, line, item, "solution")
-            prompt, response = critique_prompt(question, solution, policy.prompt_style), "critique"
-            segments = exchange(policy, prompt, text_of(path, line, item, response))
+            prompt = critique_prompt(question, solution, policy.prompt_style)
+            segments = exchange(policy, prompt, text_of(path, line, item, "critique"))
         elif "messages" in item:
             segments = conversation(policy, read_messages(path, line, item), item.get("tools"))
         elif "options" in item:
             asked = TEMPLATES[template](read_choice(path, line, item))
             if asked is None:
                 return None, "gold not among the options" if template == "mcq" else "unanswerable without options"
-            segments = exchange(policy, asked[0], item["response"] if "response" in item else asked[1])
+            response = text_of(path, line, item, "response") if "response" in item else asked[1]
+            segments = exchange(policy, asked[0], response)
         else:
             prompt = text_of(path, line, item, "prompt", "question")
             segments = exchange(policy, prompt, text_of(path, line, item, "response", "answer"))

@@ -92,7 +92,9 @@ def test_a_prompt_is_asked_as_at_generation():
     [
         ({"prompt": "1"}, "sft", ["'response' must be a text"]),
         ({"prompt": 1, "response": "2"}, "sft", ["'prompt' must be a text", "got 1"]),
-        ({"prompt": "1", "response": "2", "weight": 0}, "sft", ["'weight' must be a number above 0"]),
+        ({"prompt": "1", "response": "2", "weight": 0}, "sft", ["'weight' must be a number from 1e-06 to 1e+06"]),
+        ({"prompt": "1", "response": "2", "weight": 1e300}, "sft", ["'weight'", "got 1e+300"]),
+        ({"question": "1", "options": ["1", "2"], "answer": "2", "response": 5}, "sft", ["'response'", "got 5"]),
         ({"prompt": "1", "response": "x"}, "sft", ["cannot encode 'x'"]),
         ({"question": "1", "solution": "2"}, "cft", ["'critique' must be a text"]),
         ({"messages": [{"role": "user", "content": "1"}]}, "sft", ["'messages' must be", "assistant"]),

@@ -330,6 +330,8 @@ def test_average_of_models(tmp_path, capsys):
         (["--lr", "0"], ["--lr", "more than 0"]),
         (["--data", "/nowhere.jsonl"], ["/nowhere.jsonl", "cannot read"]),
         (["--data", "a.jsonl:2,b.jsonl"], ["weights for all files or for none"]),
+        (["--eval-data", "a.jsonl:2"], ["--eval-data", "without a weight"]),
+        (["--eval-data", "a.jsonl:bad"], ["--eval-data a.jsonl:bad: unknown template"]),
         (["--eval-data", "a.jsonl,b.jsonl"], ["--eval-data: expected one file"]),
         (["--task", "contdown"], ["contdown", "countdown"]),
         (["--task-nmix", "3"], ["--task-nmix", "--task-nmin"]),
