@@ -16,12 +16,16 @@ otherwise a~ is a. Advantages and loss are GRPO's.
 Logged: acre/unchanged, the share of responses asked again whose two answers are the same (OSCR), and acre/agreement,
 the share whose two answers are both right or both wrong, which stands for the agreement of trace and answer (CACR).
 
+A sentence at the end of a thought that names a letter ("so B.") is not put again, as the letters then stand for other
+options; one that names it further up, or a thought that is nothing but that sentence, fails by construction.
+
 The coefficients of the four cases were not found and are ours; so is that a~ is the most probable answer.
 """
 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -35,7 +39,8 @@ from pymathrl.batch import Graded
 from pymathrl.errors import UserError
 from pymathrl.options import option, positive
 from pymathrl.tasks import Grade
-from pymathrl.tasks.answer_tag import CLOSE, OPEN
+from pymathrl.tasks.answer_tag import CLOSE, END_OF_THOUGHT, OPEN
+from pymathrl.tasks.questions import LETTERS
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig
@@ -58,6 +63,16 @@ def trace_of(text: str) -> str | None:
     return None if begin < 0 else text[:begin]
 
 
+def without_letter(trace: str, options: int) -> str:
+    """The trace without the sentence that ends its thought, if that names the letter of one of so many options and is
+    not all of it, and without what else stands between thought and answer then."""
+    thought, mark, _ = trace.rpartition(END_OF_THOUGHT) if END_OF_THOUGHT in trace else (trace, "", "")
+    body = thought.rstrip(" \n.!?")
+    begin = max((m.end() for m in re.finditer(r"[.!?] |\n", body)), default=0)
+    named = re.search(rf"\b[{LETTERS[:options]}]\b", body[begin:])
+    return thought[:begin] + mark if named and body[:begin].strip() else trace
+
+
 def reward(first: Tensor, second: Tensor, config: Config) -> Tensor:
     """first, second bool [B] -> fp32 [B]."""
     alone = torch.where(first, config.acre_first, torch.where(second, config.acre_second, config.acre_none))
@@ -72,7 +87,8 @@ def second_answers(ctx: Context, graded: Graded) -> Sequence[Grade | None]:
     for row, (group, text) in enumerate(zip(graded.rollout.group.tolist(), graded.texts, strict=True)):
         trace = trace_of(text)
         if trace is not None:
-            asked.setdefault((group, trace), []).append(row)
+            options = len(graded.problems[group].meta.get("options", ()))
+            asked.setdefault((group, without_letter(trace, options) if options else trace), []).append(row)
     room = ctx.policy.config.max_positions - ctx.own.acre_tokens
     problems, traces, prompts, rows = [], [], [], []
     for (group, trace), same in asked.items():

@@ -9,10 +9,10 @@ sections 4.1 and 4.2; code: github.com/MiroMindAsia/MiroMind-M1).
 The stages (paper: 16K, then 32K tokens, when lengths saturate; no numeric rule) are a schedule of [[stage]] tables,
 each with its own --max-new-tokens, --clip-low and --clip-high; see README.
 
---repetition paper subtracts f of every response. `code` is what the released script does: a constant 0.1 where f > 0,
-of responses cut at the length limit only. Its hard-coded skip of steps and its random choice of surplus groups are not
-here. A truncated response is scored 0 and kept, as in the code (section 4.5.2 of the paper speaks of leaving it out:
---truncated mask).
+--repetition paper subtracts f of every response, whose end token is not part of y: behind it nothing repeats. `code` is
+what the released script does: a constant 0.1 where f > 0, of responses cut at the length limit only. Its hard-coded
+skip of steps and its random choice of surplus groups are not here. A truncated response is scored 0 and kept, as in the
+code (section 4.5.2 of the paper speaks of leaving it out: --truncated mask).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Config:
 
 
 def repetition(ids: Sequence[int]) -> float:
-    """f of one response, in [0, 1): the share of it that lies in the repeated blocks at its end.
+    """f of one response, in [0, 1]: the share of it that lies in the repeated blocks at its end.
 
     For each length b of a block, with 2b <= n, blocks of b tokens are compared from the end leftwards; the longest b
     with two copies or more wins. The run of equal blocks that ends the sequence is as long as the longest suffix of
@@ -75,8 +75,9 @@ def _z(s: Sequence[int]) -> list[int]:
 
 def judge(ctx: Context, graded: Graded) -> Graded:
     rollout = graded.rollout
-    f = torch.tensor([repetition(rollout.response(row).tolist()) for row in range(rollout.rows)])
-    f = f.to(graded.reward)
+    texts = [rollout.response(row).tolist() for row in range(rollout.rows)]
+    ended = [ids[-1:] and ids[-1] in ctx.policy.eos_ids for ids in texts]
+    f = graded.reward.new_tensor([repetition(y[:-1] if end else y) for y, end in zip(texts, ended, strict=True)])
     ctx.metrics |= {"campo/repetition": float(f.mean()), "campo/repeating": float((f > 0).float().mean())}
     if ctx.own.repetition == "code":
         f = ctx.own.repetition_penalty * ((f > 0) & (rollout.stop == STOP_LENGTH))

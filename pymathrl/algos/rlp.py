@@ -225,6 +225,8 @@ def learn(ctx: Context, mini: Batch) -> Mapping[str, float]:
 
 
 def check(train: TrainConfig, own: Any) -> None:
+    if own.text is not None:
+        read_texts(own.text)  # a file that cannot be read fails here: nothing was written yet
     if train.filter != "off":
         raise UserError(
             f"--filter {train.filter}: thoughts before a token have no right or wrong answers; leave it off"

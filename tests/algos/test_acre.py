@@ -140,3 +140,18 @@ def test_a_short_run(tmp_path):
     out = tmp_path / "run"
     assert main(["--algo", "acre", "--model", str(save_tiny(tmp_path / "model")), "--steps", "2", "--out", str(out),
                  *SMALL_RUN]) == 0  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "trace, kept",
+    [
+        ("Both are even. 2+3=5, so B.</think>\n", "Both are even. </think>"),
+        ("It is 5.\nThe answer is (B)", "It is 5.\n"),
+        ("It is 5. So five.</think>", "It is 5. So five.</think>"),
+        ("It is 5. So E.</think>", "It is 5. So E.</think>"),  # no letter of these four
+        ("So B.</think>", "So B.</think>"),  # nothing would be left
+        ("2 A 3. So 3.5 it is", "2 A 3. So 3.5 it is"),
+    ],
+)
+def test_a_letter_at_the_end_of_a_thought_is_not_put_again(trace, kept):
+    assert acre.without_letter(trace, 4) == kept

@@ -1,5 +1,7 @@
 """Dr. GRPO, DAPO, GSPO, CISPO, RLOO, CAMPO and AceReason: worked numbers, and gradients through the real model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -150,6 +152,15 @@ def test_campo_takes_the_repetition_off_the_reward(monkeypatch):
     assert campo.judge(ctx, finished).reward.tolist() == [1, 0, 0, 1]  # the script looks at cut responses only
     numbers, ctx = iter(f.values()), context("campo", "--repetition", "off")
     assert campo.judge(ctx, rows).reward.tolist() == [1, 0, 0, 1]
+
+
+def test_campo_looks_for_repetition_before_the_end_token():
+    """Both responses end in 3, 3, 3, 3, of which one has an end token behind it."""
+    rows, ctx = graded([[0.0, 0.0]], [[5, 5]], stops=[STOP_LENGTH, STOP_EOS]), context("campo")
+    ids, end = rows.rollout.ids.clone(), ctx.policy.eos_ids[0]
+    ids[rows.rollout.sampled_mask] = torch.tensor([9, 3, 3, 3, 3, 3, 3, 3, 3, end])
+    rows = replace(rows, rollout=replace(rows.rollout, ids=ids))
+    assert campo.judge(ctx, rows).reward.tolist() == pytest.approx([-0.8, -1.0])
 
 
 def test_acereason_makes_one_update_per_batch_and_pays_for_correctness_only():

@@ -187,6 +187,8 @@ def test_files_of_texts(tmp_path):
         read_texts(str(file))
     with pytest.raises(UserError, match="cannot be read"):
         read_texts(str(tmp_path / "none.txt"))
+    with pytest.raises(UserError, match="cannot be read"):  # before a model is loaded or a folder made
+        parse_train(["--algo", "rlp", "--text", str(tmp_path / "none.txt")])
     bad = tmp_path / "b.jsonl"
     bad.write_text('{"text": ""}\n')
     with pytest.raises(UserError, match="line 1: field 'text' must be a text"):
