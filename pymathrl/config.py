@@ -419,6 +419,9 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
     presets = "\n".join(
         f"  {model}: " + ", ".join(f"{flag(k)} {v}" for k, v in preset.items()) for model, preset in PRESETS.items()
     )
+    text = f"algorithms:\n{listed}\n\ndefaults that differ for a built-in model:\n{presets}"
+    if len(algos) == 1:  # what its options speak of stands in its own words
+        text += f"\n\n--algo {algos[0].name}:\n\n{(sys.modules[algos[0].config.__module__].__doc__ or '').strip()}"
     epilog = []
     for algo in algos if len(algos) > 1 else []:
         own = CommandParser(usage=argparse.SUPPRESS, add_help=False, formatter_class=formatter)
@@ -428,7 +431,7 @@ def _parser(algos: list[Algo], task_defaults: dict[str, Any]) -> argparse.Argume
         epilog.append(own.format_help().strip())
     parser = CommandParser(
         prog="python -m pymathrl.train",
-        description=f"{HEADER}\n\nalgorithms:\n{listed}\n\ndefaults that differ for a built-in model:\n{presets}",
+        description=f"{HEADER}\n\n{text}",
         epilog="\n\n".join(epilog),
         formatter_class=formatter,
         allow_abbrev=False,

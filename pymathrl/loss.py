@@ -294,8 +294,9 @@ def minibatch_loss(
     tokens = int(mask.sum())
     responses = rollout.response_offsets  # a response is one sequence here, with its branches
     weight = aggregation_coef(
-        spec.aggregation, mask, responses, tokens=tokens, sequences=responses.numel() - 1, max_length=max_new_tokens
-    )
+        spec.aggregation, mask, responses, tokens=max(1, tokens), sequences=responses.numel() - 1,
+        max_length=max_new_tokens,
+    )  # fmt: skip
     mini = replace(mini, weight=weight)
     live = torch.arange(rollout.rows, device=rollout.device)
     if spec.idle_when_zero:
@@ -304,6 +305,8 @@ def minibatch_loss(
         active = torch.zeros(rollout.rows, dtype=torch.bool, device=rollout.device)
         active[row[(mini.advantage != 0) & (mini.coef != 0)]] = True
         live = live[active]
+    if tokens == 0:  # every response was truncated, under --truncated mask
+        live = live[:0]
     # A link leads to the next token where that is sampled in the same row: ROVER's Q' looks across it.
     link = torch.zeros_like(rollout.role, dtype=torch.uint8)
     link[:-1] = (row[1:] == row[:-1]) & (rollout.role[1:] == ROLE_SAMPLED)

@@ -85,7 +85,7 @@ def test_help_explains_every_option(capsys):
     text = capsys.readouterr().out
     for name in ("--rho", "--samples-per-prompt", "--task-format-score", "grpo", "arXiv 2509.24981"):
         assert name in text
-    assert "--clip-low" not in text
+    assert "--clip-low" not in text and "Q_t   = rho" in text  # what the options speak of: its equations
     with pytest.raises(SystemExit):
         parse_train(["--help"])
     text = capsys.readouterr().out

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from pymathrl.advantage import advantage
+from pymathrl.advantage import advantage, mask_tokens
 from pymathrl.algos import REGISTRY, LossSpec
-from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss
+from pymathrl.batch import STOP_LENGTH
+from pymathrl.loss import TokenTerms, fused_policy_loss, minibatch_loss, with_options
 from pymathrl.ops import IMPL
 from pymathrl.ops.policy_loss import STATS, merge_stats, policy_loss_ref, works_on_sequences
 from pymathrl.rollout import Engine
@@ -127,6 +128,18 @@ def test_idle_rows_change_nothing_and_are_counted():
     assert (skipped.idle_rows, whole.idle_rows) == (4, 0)
     assert skipped.tokens == whole.tokens and skipped.rows == whole.rows == 8
     torch.testing.assert_close(first, second, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("extra", [(), ("--entropy-coef", "0.1")])
+def test_a_minibatch_of_truncated_responses_has_no_loss_when_these_are_masked(extra):
+    policy = tiny_policy(seed=1)
+    ctx = context("hapo", "--truncated", "mask", "--kl", "none", *extra, policy=policy)
+    rollout = Engine(policy, seed=2).generate([[3, 4]], 4, 2)
+    rollout = dataclasses.replace(rollout, stop=torch.full_like(rollout.stop, STOP_LENGTH))
+    batch = mask_tokens(advantage(ctx, with_rewards(rollout, torch.tensor([0.0, 1.0, 0.0, 0.0]))), ctx.train)
+    ctx.learner.update(batch, with_options(ctx.run.algo.loss(ctx.own), ctx.train, -1.0))
+    (report,) = ctx.learner.current.losses
+    assert (float(report.loss), report.tokens, report.idle_rows) == (0.0, 0, 4)
 
 
 @pytest.mark.parametrize("filters", [{}, {"top_p": 0.8}], ids=["", "filtered"])
