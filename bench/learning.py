@@ -5,7 +5,7 @@
 
 The built-in model on Countdown, the same number of responses per step for all, three seeds each; a run of its own
 folder for each, by the command that a person would type. Prints and writes a table (mean over seeds of the held-out
-pass@1 and pass@8, distinct solutions, generated tokens, wall time) and the curves: results/learning*.md, .json and .png.
+pass@1 and pass@8, distinct solutions, generated tokens, wall time) and the curves: results/learning*.md, .json, .png.
 An algorithm whose pass@1 does not rise by more than twice its standard error is named at the end, and the exit code is
 1.
 """
