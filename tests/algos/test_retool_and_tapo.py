@@ -3,13 +3,15 @@
 from dataclasses import replace
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 
 from pymathrl.algos import retool, tapo
 from pymathrl.algos.tapo import calls, mean_reward, step_rewards
 from pymathrl.batch import ROLE_FORCED, ROLE_SAMPLED
 from pymathrl.errors import UserError
-from pymathrl.models import load
+from pymathrl.models import ModelConfig, Tokenizer, load, new_policy
 from pymathrl.rollout import score
 from pymathrl.sandbox import Sandbox
 from pymathrl.train import main
@@ -166,3 +168,53 @@ def test_a_short_run(name, tmp_path):
     assert main(argv) == 0
     steps = [m for m in read_metrics(tmp_path / "run") if "loss" in m]
     assert len(steps) == 2 and all(m.get("logp_gap/max", 0.0) == 0.0 and m["tool/calls"] > 0 for m in steps)
+
+
+def chat_policy():
+    """A policy whose tokens are bytes, with a chat template: 256 letters, and </s> (256), its end token."""
+    backend = tokenizers.Tokenizer(
+        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens(["</s>"])
+    template = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
+    tokenizer = Tokenizer(backend.to_str(), {"eos_token": "</s>", "chat_template": template})
+    config = ModelConfig(
+        vocab_size=257, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16,
+        max_positions=2048, tie_embeddings=False, eos_ids=(256,), pad_id=256,
+    )  # fmt: skip
+    return new_policy(config, tokenizer, prompt_style="chat", seed=3)
+
+
+@needs_sandbox
+def test_python_between_the_tokens_of_a_chat_model(monkeypatch):
+    """A script in the place of the model's draws: what it writes is sampled, what the interpreter says is forced."""
+    policy = chat_policy()
+    ctx = context("tapo", *WEAK, "--max-new-tokens", "400", "--max-prompt-tokens", "1000", "--samples-per-prompt", "2",
+                  policy=policy)  # fmt: skip
+    code = "```python\nx = 6 * 7\nprint(x, '<' + '/s><' + '/code>')\n```\n"
+    said = [f"So <code>\n{code}</code>", "Once more: <code>1/0</code>", "<answer>42</answer></s>"]
+    script = [i for text in said for i in policy.tokenizer.encode(text)]
+    engine, segment, written = ctx.engine, ctx.engine.segment, {}
+
+    def hook(seqs, logits, stats):
+        out = torch.full_like(logits, -torch.inf)
+        for row, seq in enumerate(seqs):
+            out[row, script[written.setdefault(seq, 0)]] = 0.0
+            written[seq] += 1
+        return out
+
+    monkeypatch.setattr(engine, "segment", lambda *args, **options: segment(*args, **options, hook=hook))
+    prompts = ctx.draw(1)
+    rollout = retool.rollout(ctx, prompts, ctx.draws)
+    rollout.validate()
+    for row in range(2):
+        begin, end = rollout.offsets[row : row + 2].tolist()
+        role = rollout.role[begin:end]
+        assert rollout.ids[begin:end][role == ROLE_SAMPLED].tolist() == script, "its ids are as they were sampled"
+        outputs = [output for _, output in calls(rollout, row, policy.tokenizer.decode)]
+        assert outputs[0] == "\n<interpreter>\n42 < /s>&lt;/code>\n</interpreter>\n\n"
+        assert outputs[1] == "\n<interpreter>\nZeroDivisionError: division by zero</interpreter>\n\n"
+        assert rollout.ids[begin:end][role == ROLE_FORCED].eq(256).sum() == 0, "no end token out of the interpreter"
+    judged = tapo.judge(ctx, ctx.verify(rollout, prompts.problems))
+    assert judged.reward.tolist() == [-1.0, -1.0], "a wrong answer; one call used by it, one that failed"
