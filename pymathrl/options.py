@@ -40,6 +40,10 @@ def at_least(low: float, default: Any, help: str) -> Any:
     return option(default, help, check=lambda v: v >= low, expected=f"at least {low}")
 
 
+def share(default: Any, help: str) -> Any:
+    return option(default, help, check=lambda v: 0 <= v <= 1, expected="in [0, 1]")
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 

@@ -132,9 +132,7 @@ def train(run: Run) -> int:
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
         stage, task = stages[at.stage], tasks[at.stage]
-        learner = Learner(
-            policy, stage.train, updates=updates_of(stage.train), max_pages=max(1, memory[at.stage].pages)
-        )
+        learner = Learner(policy, stage.train, updates=stage.train.updates, max_pages=max(1, memory[at.stage].pages))
         if saved:
             learner.optimizer.load_state_dict(saved["optimizer"])
         ctx = Context(stage, learner, task, at, log.note)
@@ -156,11 +154,6 @@ def train(run: Run) -> int:
         plot_run(out)
     print(f"run folder: {out}")
     return 0
-
-
-def updates_of(config: TrainConfig) -> int:
-    """Optimizer steps of a stage, at most."""
-    return config.steps * config.epochs * config.minibatches
 
 
 @dataclass
@@ -187,7 +180,7 @@ class Session:
         self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, -1.0
         self.log.note(f"stage {self.at.stage + 1}: {stage_line(stage)}")
         ctx.run, ctx.task = stage, task
-        ctx.learner.restart(stage.train, updates=updates_of(stage.train), max_pages=max(1, pages))
+        ctx.learner.restart(stage.train, updates=stage.train.updates, max_pages=max(1, pages))
         if stage.algo.memory is not before.algo.memory:
             ctx.memory = None if stage.algo.memory is None else stage.algo.memory(ctx)
         self.filter = Filter(ctx)

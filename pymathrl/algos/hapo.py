@@ -35,7 +35,7 @@ from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import clip_high, clip_low, clip_terms, group_scores
 from pymathrl.algos.pool import Pool, identity
 from pymathrl.batch import Graded, Rollout
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, option, positive, share
 from pymathrl.tasks.jsonl import shuffled
 
 if TYPE_CHECKING:
@@ -53,8 +53,7 @@ class Config:
                                  "stream, for files (paper: 2000)")  # fmt: skip
     history: str = option("min", "what h is, see the table", choices=("min", "mean"))
     length_reward: str = option("cos", "its shape, see the table", choices=("cos", "linear"))
-    length_weight: float = option(1.0, "factor of the length reward (code: 1)", check=lambda v: 0 <= v <= 1,
-                                  expected="in [0, 1]")  # fmt: skip
+    length_weight: float = share(1.0, "factor of the length reward (code: 1)")
     rep_penalty: float = option(0.0, "reward of a response that only repeats itself; 0 = off (code: 0)",
                                 check=lambda v: v <= 0, expected="at most 0")  # fmt: skip
     rep_ngram: int = positive(3, "tokens of a repeated n-gram (code: 3)")

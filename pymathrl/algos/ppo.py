@@ -28,7 +28,7 @@ from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import clip_high, clip_low, clip_terms, token_reward, whiten
 from pymathrl.batch import Batch, Graded
 from pymathrl.ops.gae import Gae, gae, value_loss
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, positive, share
 
 if TYPE_CHECKING:
     from pymathrl.context import Context
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
 
 CRITIC_RATE = 10.0  # times --lr: verl's 1e-5 beside 1e-6
 MAX_CRITIC_RATE = 1e-3
-
-
-def share(default: float, help: str) -> Any:
-    return option(default, help, check=lambda v: 0 <= v <= 1, expected="in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -59,15 +55,11 @@ def rate(ctx: Context) -> float:
     return ctx.own.critic_lr or min(CRITIC_RATE * ctx.train.lr, MAX_CRITIC_RATE)
 
 
-def updates(ctx: Context) -> int:
-    return ctx.train.steps * ctx.train.epochs * ctx.train.minibatches
-
-
 class WithCritic:
     """What PPO keeps: the critic. stage: of the run, whose options it follows."""
 
     def __init__(self, ctx: Context) -> None:
-        self.critic: CriticLearner = ctx.new_critic(rate(ctx), updates(ctx))
+        self.critic: CriticLearner = ctx.new_critic(rate(ctx), ctx.train.updates)
         self.stage = ctx.at.stage
 
     def follow(self, ctx: Context) -> None:
@@ -77,7 +69,7 @@ class WithCritic:
             self.new_stage(ctx)
 
     def new_stage(self, ctx: Context) -> None:
-        self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=updates(ctx))
+        self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=ctx.train.updates)
 
     def state_dict(self) -> dict[str, Any]:
         return {"critic": self.critic.state_dict()}

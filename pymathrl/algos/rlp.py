@@ -50,7 +50,7 @@ from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_NONE, STOP_STRING, Ba
 from pymathrl.errors import UserError
 from pymathrl.models import Policy
 from pymathrl.ops.token_logprob import token_logprob
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, option, positive, share
 from pymathrl.prompt import Prompts
 from pymathrl.tasks import Grade, Problem
 from pymathrl.tasks.answer_tag import END_OF_THOUGHT
@@ -73,8 +73,7 @@ class Config:
     rlp_horizon: int = at_least(0, 0, "tokens predicted at a place (paper: 1); 0 = 1, of an answer all")
     rlp_positions: int = positive(1, "places drawn per text and epoch (not found: ours)")
     rlp_from: int = positive(1, "tokens of a text before its first place (not found: ours)")
-    rlp_average: float = option(0.999, "tau, the share of the teacher that stays per optimizer step (paper: 0.999)",
-                                check=lambda v: 0 <= v <= 1, expected="in [0, 1]")  # fmt: skip
+    rlp_average: float = share(0.999, "tau, the share of the teacher that stays per optimizer step (paper: 0.999)")
     clip_low: float = clip_low(0.2, "not found: ours")
     clip_high: float = clip_high(0.2, "not found: ours")
 

@@ -35,7 +35,7 @@ from pymathrl.algos import outcome, ppo
 from pymathrl.algos.common import whiten
 from pymathrl.batch import Batch, Graded, Rollout
 from pymathrl.errors import UserError
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, option, positive, share
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig
@@ -55,7 +55,7 @@ PLACE = {0: 0, -1: 1, 1: 2}  # status -> which samples of the problem: no two dr
 class Config(ppo.Config):
     whiten_eps: float = positive(1e-8, "least variance of the advantages (code: 1e-8)")
     bonus_scale: float = at_least(0, 0.5, "beta, for correcting a wrong start or spoiling a right one (paper: 0.5)")
-    restart_share: float = ppo.share(0.67, "share of the prompts that are restarts, at most, half from right responses "
+    restart_share: float = share(0.67, "share of the prompts that are restarts, at most, half from right responses "
                                            "(paper: not given; D holds three states per question)")  # fmt: skip
     restart_back: int = positive(4, "T: steps taken off a response at most (paper: not given)")
     reflect: str = option("", f"text at the end of a restart; empty: {TOKEN} where the vocabulary has it, else a "
@@ -93,7 +93,7 @@ class Restarts(ppo.WithCritic):
         self.states: dict[int, list[tuple[int, list[int]]]] = {1: [], -1: []}
         self.orm: CriticLearner | None = None
         if ctx.own.orm == "bt":
-            self.orm = ctx.new_critic(ppo.rate(ctx), ppo.updates(ctx))
+            self.orm = ctx.new_critic(ppo.rate(ctx), ctx.train.updates)
         tokenizer = ctx.policy.tokenizer
         own = ctx.own.reflect or (TOKEN if tokenizer.backend.token_to_id(TOKEN) is not None else "")
         self.phrase = ctx.tokens(own or PHRASE.get(ctx.policy.prompt_style, WORDS))
@@ -102,7 +102,7 @@ class Restarts(ppo.WithCritic):
     def new_stage(self, ctx: Context) -> None:
         super().new_stage(ctx)
         if self.orm is not None:
-            self.orm.restart(replace(ctx.train, lr=ppo.rate(ctx)), updates=ppo.updates(ctx))
+            self.orm.restart(replace(ctx.train, lr=ppo.rate(ctx)), updates=ctx.train.updates)
         self.states = {1: [], -1: []}  # of another stage's task
 
     def store(self, ctx: Context, graded: Graded) -> None:

@@ -94,8 +94,7 @@ class Config:
 
 
 def _updates(ctx: Context) -> int:
-    c = ctx.train
-    return ctx.own.verifier_warmup + c.steps * c.epochs * c.minibatches // ctx.own.generator_updates
+    return ctx.own.verifier_warmup + ctx.train.updates // ctx.own.generator_updates
 
 
 def _options(ctx: Context) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from torch import Tensor
 from pymathrl.algos import grpo
 from pymathrl.algos.algo import Algo
 from pymathrl.batch import Batch, Graded, Rollout
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, positive, share
 
 if TYPE_CHECKING:
     from pymathrl.context import Context
@@ -39,18 +39,14 @@ if TYPE_CHECKING:
     from pymathrl.tasks import Problem
 
 
-def _share(default: float, help: str) -> Any:
-    return option(default, help, check=lambda v: 0 <= v <= 1, expected="in [0, 1]")
-
-
 @dataclass(frozen=True)
 class Config(grpo.Config):
     vogue_coef: float = at_least(0, 1.0, "a_v, factor of the disagreement U (paper: 1)")
     vogue_cap: float = positive(2.0, "b_v: that bonus is at most |A| / b_v (paper: 2)")
     vogue_entropy_coef: float = at_least(0, 0.4, "a_e, factor of the entropy H (paper: 0.4)")
     vogue_entropy_cap: float = positive(2.0, "b_e: that bonus is at most |A| / b_e (paper: 2)")
-    vogue_start: float = _share(0.5, "share of responses behind another wording at first (not found: ours)")
-    vogue_end: float = _share(0.0, "that share at the end of the run (not found: ours)")
+    vogue_start: float = share(0.5, "share of responses behind another wording at first (not found: ours)")
+    vogue_end: float = share(0.0, "that share at the end of the run (not found: ours)")
 
 
 def other_wording(ctx: Context, problem: Problem, uid: int) -> Problem:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pymathrl.config import TrainConfig, add_options, add_task_options, build, formatter, read_toml
 from pymathrl.errors import UserError, nearest
-from pymathrl.options import CommandParser, at_least, convert, flag, option, positive
+from pymathrl.options import CommandParser, at_least, convert, flag, option, positive, share
 from pymathrl.sft.accept import ACCEPT, Rules
 from pymathrl.sft.blend import parse_data
 from pymathrl.sft.retro import Retro
@@ -80,8 +80,7 @@ class SftConfig:
     min_accepted_tokens: int = at_least(0, 0, "rft: shorter responses are not kept")
     max_accepted_tokens: int = at_least(0, 0, "rft: longer responses are not kept; 0 = no bound")
     repetition_ngram: int = positive(8, "rft: tokens of the n-grams that --max-repetition counts")
-    max_repetition: float = option(0.5, "rft: responses with more than this share of repeated n-grams are not kept",
-                                   check=lambda v: 0 <= v <= 1, expected="in [0, 1]")  # fmt: skip
+    max_repetition: float = share(0.5, "rft: responses with more than this share of repeated n-grams are not kept")
     max_per_problem: int = positive(4, "rft: different responses kept of one problem")
     revise: str = option("no", "rft: what is kept is first made shorter by Retro-Search", choices=("no", "retro"))
     switch_words: str = option("alternatively,wait", "retro: words, comma-separated, that begin another thought (the "
