@@ -161,8 +161,9 @@ def read_choice(path: str, line: int, row: Mapping[str, Any]) -> Choice:
         not isinstance(options, list)
         or not 2 <= len(options) <= len(LETTERS)
         or not all(isinstance(o, str) and o.strip() for o in options)
+        or len({o.strip() for o in options}) < len(options)
     ):
-        fail(path, line, item, "options", f"a list of 2 to {len(LETTERS)} texts that are not empty")
+        fail(path, line, item, "options", f"a list of 2 to {len(LETTERS)} different texts that are not empty")
     answer, needs = text_of(path, line, item, "answer").strip(), row.get("needs_options", False)
     if not isinstance(needs, bool):
         fail(path, line, item, "needs_options", "true or false")
@@ -224,4 +225,11 @@ def read_messages(path: str, line: int, item: dict[str, Any]) -> list[dict[str, 
     roles = [m["role"] for m in messages] if ok else []
     if "assistant" not in roles[1:] or roles[0] == "assistant":
         fail(path, line, item, "messages", "a list of objects with a role: another first, an assistant's turn after it")
+    for number, m in enumerate(messages, 1):
+        empty = not isinstance(m.get("content"), str) or (m["role"] == "assistant" and not m["content"].strip())
+        if empty and not m.get("tool_calls"):  # a template may write "None", or an empty turn to be learned
+            raise UserError(
+                f"{path}, line {line}: message {number} must have a text as content (not empty where trained) or "
+                f"tool_calls, got {m.get('content')!r}"
+            )
     return messages

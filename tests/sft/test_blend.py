@@ -93,14 +93,29 @@ def test_a_prompt_is_asked_as_at_generation():
         ({"prompt": "1"}, "sft", ["'response' must be a text"]),
         ({"prompt": 1, "response": "2"}, "sft", ["'prompt' must be a text", "got 1"]),
         ({"prompt": "1", "response": "2", "weight": 0}, "sft", ["'weight' must be a number from 1e-06 to 1e+06"]),
+        (
+            {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": None}]},
+            "sft",
+            ["message 2 must have a text as content", "got None"],
+        ),
+        (
+            {"messages": [{"role": "user"}, {"role": "assistant", "content": "2"}]},
+            "sft",
+            ["message 1 must have a text as content"],
+        ),
+        ({"question": "1", "options": ["1", "1 "], "answer": "1"}, "sft", ["'options'", "different texts"]),
         ({"prompt": "1", "response": "2", "weight": 1e300}, "sft", ["'weight'", "got 1e+300"]),
         ({"question": "1", "options": ["1", "2"], "answer": "2", "response": 5}, "sft", ["'response'", "got 5"]),
         ({"prompt": "1", "response": "x"}, "sft", ["cannot encode 'x'"]),
         ({"question": "1", "solution": "2"}, "cft", ["'critique' must be a text"]),
         ({"messages": [{"role": "user", "content": "1"}]}, "sft", ["'messages' must be", "assistant"]),
         ({"messages": "1"}, "sft", ["'messages' must be a list"]),
-        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "1"}]}, "sft", ["no chat template"]),
-        ({"question": "1", "options": ["2"], "answer": "A"}, "sft", ["'options' must be a list of 2 to 26"]),
+        (
+            {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "1"}]},
+            "sft",
+            ["no chat template"],
+        ),
+        ({"question": "1", "options": ["2"], "answer": "A"}, "sft", ["'options' must be a list of 2 to 26 different"]),
     ],
 )
 def test_a_bad_row_is_one_sentence_with_its_line(item, mode, words):
