@@ -53,7 +53,7 @@ class Config:
     max_calls: int = at_least(0, 8, "calls per response at most (recipe: 8 for 32B, 16 for 7B)")
     tool_timeout_s: float = positive(5.0, "seconds of one execution (evaluation code: 5)")
     tool_memory_mb: int = positive(512, "MiB that one execution may take (recipe: 1024)")
-    tool_output_chars: int = positive(400, "characters of output kept, half from its end (evaluation code: 400)")
+    tool_output_chars: int = at_least(2, 400, "characters of output kept, half from its end (evaluation code: 400)")
     sandbox: str = option("full", "namespaces of its own for each execution; weak: go on without where the kernel "
                                   "refuses them", choices=("full", "weak"))  # fmt: skip
     call_reward: float = at_least(0, 0.0, "per call, in the reward of a wrong answer, up to -0.6 (recipe: 0.1)")
