@@ -217,6 +217,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
     ]
     last: Layer = (flag, typed)
     run = _assemble(algo, task, [*layers, last])
+    if saved:  # what may not change is the run's, and a stage may have its own
+        last = (flag, {k: v for k, v in typed.items() if k in RESUME_MAY_CHANGE})
     run = dataclasses.replace(run, resume=Path(known.resume) if known.resume else None, dry_run=given.dry_run)
     if not stages:
         return run
@@ -278,11 +280,14 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
             f"--is-level {train.is_level} needs --old-logp recompute: with the sampler's own log-probs as the old ones "
             "there is nothing to correct"
         )
+    if train.kl_in == "reward" and train.kl not in ("none", "k1"):
+        raise UserError(f"--kl-in reward takes k1 off the rewards: expected --kl k1, got --kl {train.kl}")
     needs = {
         "filter_low": ("filter", train.filter == "band"), "filter_high": ("filter", train.filter == "band"),
         "filter_rounds": ("filter", train.filter != "off"), "is_cap": ("is_level", train.is_level != "none"),
         "is_mode": ("is_level", train.is_level != "none"),
-        **{"kl_" + name: ("kl", train.kl != "none") for name in ("coef", "in", "target", "horizon", "reference")},
+        **{"kl_" + name: ("kl", train.kl != "none") for name in ("coef", "in", "target", "reference")},
+        "kl_horizon": ("kl_target", train.kl != "none" and train.kl_target > 0),
     }  # fmt: skip
     for name, (other, on) in needs.items():
         if name in given and not on and getattr(train, name) != _default(name):

@@ -279,7 +279,8 @@ def minibatch_loss(
 ) -> LossReport:
     """Accumulates into the gradients of `model` the loss of these rows of the batch: one optimizer step.
 
-    The normalisers (N tokens, B responses) are those of all the rows, whatever the cut into micro-batches.
+    The normalisers (N sampled tokens, B responses that have one) are those of all the rows, whatever the cut into
+    micro-batches.
     terms: makes further fields of `Batch.extra` from the whole minibatch, before its loss.
     """
     mini = batch.select(rows)
@@ -292,9 +293,14 @@ def minibatch_loss(
     rollout = mini.rollout
     mask, row = rollout.sampled_mask, rollout.row_of_token
     tokens = int(mask.sum())
+    if not tokens:  # --truncated mask took every response
+        empty = torch.zeros((), device=rollout.device)
+        return LossReport(loss=empty, stats=[], tokens=0, rows=rollout.rows, idle_rows=rollout.rows)
     responses = rollout.response_offsets  # a response is one sequence here, with its branches
+    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+    counted = int((before[responses].diff() > 0).sum())  # one without a trained token is in no average
     weight = aggregation_coef(
-        spec.aggregation, mask, responses, tokens=tokens, sequences=responses.numel() - 1, max_length=max_new_tokens
+        spec.aggregation, mask, responses, tokens=tokens, sequences=counted, max_length=max_new_tokens
     )
     mini = replace(mini, weight=weight)
     live = torch.arange(rollout.rows, device=rollout.device)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pymathrl import devices
-from pymathrl.advantage import advantage, mask_tokens, reference_terms
+from pymathrl.advantage import advantage, mask_tokens, reference_terms, steer_kl
 from pymathrl.batch import STOP_LENGTH, Graded, Rollout
 from pymathrl.checkpoint import (
     clean_checkpoints,
@@ -184,7 +184,7 @@ class Session:
         """Goes on with the weights, and by default the optimizer's moments, under the options of another stage. The
         algorithm's memory stays where the algorithm does."""
         ctx, before = self.ctx, self.ctx.run
-        self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, -1.0
+        self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, None
         self.log.note(f"stage {self.at.stage + 1}: {stage_line(stage)}")
         ctx.run, ctx.task = stage, task
         ctx.learner.restart(stage.train, updates=updates_of(stage.train), max_pages=max(1, pages))
@@ -236,7 +236,7 @@ class Session:
                 graded = reference_terms(ctx, graded)
                 batch = mask_tokens(algo.shape(ctx, graded, advantage(ctx, graded)), config)
             update = ctx.learner.update(
-                batch, with_options(algo.loss(ctx.own), config, at.kl_coef),
+                batch, with_options(algo.loss(ctx.own), config, ctx.kl_coef),
                 terms=None if algo.terms is None else partial(algo.terms, ctx), learn=partial(algo.learn, ctx),
                 timer=timer,
             )  # fmt: skip
@@ -244,6 +244,7 @@ class Session:
             metrics |= update_metrics(update)
             with timer("optim"):
                 algo.after_step(ctx, batch)
+                steer_kl(ctx, graded.rollout.main_rows.numel())
         metrics |= ctx.metrics
         metrics |= {
             "tokens": at.tokens,

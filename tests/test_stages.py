@@ -81,6 +81,9 @@ def test_the_saved_options_give_the_same_stages(tmp_path):
     assert again.values() == run.values()
     changed = parse_train(["--resume", str(tmp_path), "--checkpoint-every", "1"])
     assert {s.train.checkpoint_every for s in changed.stages} == {1}
+    # said once more, what the run had is no new option of its stages
+    same = parse_train(["--resume", str(tmp_path), "--max-new-tokens", "10", "--lr", "1e-3"])
+    assert [s.train for s in same.stages] == [s.train for s in run.stages]
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,7 @@ def train_verifier(ctx: Context, rollout: Rollout, correct: Tensor) -> dict[str,
     extra, spec = {}, loss(own)
     if config.kl != "none" and config.kl_in == "loss":
         extra = {"ref_logp": ctx.score(drawn, ctx.reference()).logp}
-        spec = replace(spec, terms={**spec.terms, "kl": config.kl, "kl_coef": ctx.at.kl_coef}, idle_when_zero=False)
+        spec = replace(spec, terms={**spec.terms, "kl": config.kl, "kl_coef": ctx.kl_coef}, idle_when_zero=False)
     batch = Batch(
         drawn, reward, right, torch.where(mask, drawn.per_token(scores), zero), torch.where(mask, zero + 1, zero),
         zero + 1, extra,
