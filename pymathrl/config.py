@@ -117,6 +117,11 @@ class TrainConfig:
     samples_per_step: int = at_least(0, 4, "responses per step written to samples.jsonl")
     prompt_style: str = option("auto", "auto: as the model's folder says", choices=("auto", "compact", "plain", "chat"))
 
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in all, at most: the clock of a learning-rate schedule."""
+        return self.steps * self.epochs * self.minibatches
+
 
 # The built-in model is small and trained from nothing: it bears, and needs, a larger learning rate than a language
 # model does.

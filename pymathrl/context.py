@@ -42,6 +42,7 @@ class Position:
     tokens: int = 0  # generated
     skipped: int = 0  # optimizer steps left out because of a nan or an infinity
     skips_in_a_row: int = 0
+    empty_in_a_row: int = 0  # steps of which --filter kept no group
     kl_coef: float | None = None  # of --kl as --kl-target has moved it; None: not yet
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before training
 
@@ -103,7 +104,11 @@ class Context:
 
     def problem_of(self, uid: int) -> Problem:
         """The problem that a sample of training with this identity answers, see `Draws.uids`."""
-        return self.task.train(uid >> SAMPLE_BITS, self.train.seed)
+        return self.task.train(self.problem_uid(uid), self.train.seed)
+
+    def problem_uid(self, uid: int) -> int:
+        """The identity of that problem."""
+        return uid >> SAMPLE_BITS
 
     def encode(self, problem: Problem, note: str = "") -> list[int]:
         """The prompt of a problem as token ids, with a line of text below the question where one is given."""

@@ -53,7 +53,7 @@ from pymathrl.tasks import Task, load_task
 EVAL_KS = (1, 8)
 # Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
 STATE_FORMAT = 3
-MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
+MAX_SKIPS = 10  # optimizer steps skipped in a row, or steps without a group, after which a run gives up
 
 
 class Stop:
@@ -132,9 +132,7 @@ def train(run: Run) -> int:
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
         stage, task = stages[at.stage], tasks[at.stage]
-        learner = Learner(
-            policy, stage.train, updates=updates_of(stage.train), max_pages=max(1, memory[at.stage].pages)
-        )
+        learner = Learner(policy, stage.train, updates=stage.train.updates, max_pages=max(1, memory[at.stage].pages))
         if saved:
             learner.optimizer.load_state_dict(saved["optimizer"])
         ctx = Context(stage, learner, task, at, log.note)
@@ -156,11 +154,6 @@ def train(run: Run) -> int:
         plot_run(out)
     print(f"run folder: {out}")
     return 0
-
-
-def updates_of(config: TrainConfig) -> int:
-    """Optimizer steps of a stage, at most."""
-    return config.steps * config.epochs * config.minibatches
 
 
 @dataclass
@@ -187,7 +180,7 @@ class Session:
         self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, None
         self.log.note(f"stage {self.at.stage + 1}: {stage_line(stage)}")
         ctx.run, ctx.task = stage, task
-        ctx.learner.restart(stage.train, updates=updates_of(stage.train), max_pages=max(1, pages))
+        ctx.learner.restart(stage.train, updates=stage.train.updates, max_pages=max(1, pages))
         if stage.algo.memory is not before.algo.memory:
             ctx.memory = None if stage.algo.memory is None else stage.algo.memory(ctx)
         self.filter = Filter(ctx)
@@ -220,9 +213,15 @@ class Session:
         ctx.metrics = {}
         metrics: dict[str, Any] = {}
         graded = self.collect()
+        at.empty_in_a_row = at.empty_in_a_row + 1 if graded is None else 0
         if graded is None:
             self.log.note(f"step {at.step + 1}: --filter {config.filter} kept no group; no update")
-            self.count_skips([False])
+            if at.empty_in_a_row >= MAX_SKIPS:
+                raise UserError(
+                    f"--filter {config.filter} kept no group in {at.empty_in_a_row} steps of {config.filter_rounds} "
+                    "draws each: the problems are too easy or too hard for the policy; choose others, raise "
+                    "--samples-per-prompt, or use --filter off"
+                )
         elif not bool(torch.isfinite(graded.reward).all()):
             bad = int((~torch.isfinite(graded.reward)).sum())
             self.log.note(
@@ -424,7 +423,7 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_pol
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
     update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # bf16: also a master and its gradient
-    update += beside_policy * (count * size + update)
+    update += beside_policy * (count * size + update) + (c.kl != "none") * count * size  # the reference is loaded late
     context = c.max_prompt_tokens + c.max_new_tokens
     rows = c.prompts_per_step * c.samples_per_prompt
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)

@@ -59,15 +59,11 @@ def rate(ctx: Context) -> float:
     return ctx.own.critic_lr or min(CRITIC_RATE * ctx.train.lr, MAX_CRITIC_RATE)
 
 
-def updates(ctx: Context) -> int:
-    return ctx.train.steps * ctx.train.epochs * ctx.train.minibatches
-
-
 class WithCritic:
     """What PPO keeps: the critic. stage: of the run, whose options it follows."""
 
     def __init__(self, ctx: Context) -> None:
-        self.critic: CriticLearner = ctx.new_critic(rate(ctx), updates(ctx))
+        self.critic: CriticLearner = ctx.new_critic(rate(ctx), ctx.train.updates)
         self.stage = ctx.at.stage
 
     def follow(self, ctx: Context) -> None:
@@ -77,7 +73,7 @@ class WithCritic:
             self.new_stage(ctx)
 
     def new_stage(self, ctx: Context) -> None:
-        self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=updates(ctx))
+        self.critic.restart(replace(ctx.train, lr=rate(ctx)), updates=ctx.train.updates)
 
     def state_dict(self) -> dict[str, Any]:
         return {"critic": self.critic.state_dict()}

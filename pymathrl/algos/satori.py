@@ -89,7 +89,7 @@ class Restarts(ppo.WithCritic):
         self.states: dict[int, list[tuple[int, list[int]]]] = {1: [], -1: []}
         self.orm: CriticLearner | None = None
         if ctx.own.orm == "bt":
-            self.orm = ctx.new_critic(ppo.rate(ctx), ppo.updates(ctx))
+            self.orm = ctx.new_critic(ppo.rate(ctx), ctx.train.updates)
         tokenizer = ctx.policy.tokenizer
         own = ctx.own.reflect or (TOKEN if tokenizer.backend.token_to_id(TOKEN) is not None else "")
         self.phrase = ctx.tokens(own or PHRASE.get(ctx.policy.prompt_style, WORDS))
@@ -98,7 +98,7 @@ class Restarts(ppo.WithCritic):
     def new_stage(self, ctx: Context) -> None:
         super().new_stage(ctx)
         if self.orm is not None:
-            self.orm.restart(replace(ctx.train, lr=ppo.rate(ctx)), updates=ppo.updates(ctx))
+            self.orm.restart(replace(ctx.train, lr=ppo.rate(ctx)), updates=ctx.train.updates)
         self.states = {1: [], -1: []}  # of another stage's task
 
     def store(self, ctx: Context, graded: Graded) -> None:

@@ -99,7 +99,7 @@ class Memory:
         own, train = ctx.own, ctx.train
         policy = ctx.frozen_copy()
         policy.model.requires_grad_(True).train()
-        updates = own.verifier_warmup + train.steps * train.epochs * train.minibatches // own.generator_updates
+        updates = own.verifier_warmup + train.updates // own.generator_updates
         lr = own.verifier_lr or train.lr
         self.learner = ctx.new_learner(policy, updates, minibatches=1, epochs=1, lr=lr)
         self.warm = not own.verifier_warmup
