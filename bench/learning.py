@@ -79,12 +79,8 @@ def jobs(args: argparse.Namespace) -> list[Job]:
         if label not in RUNS:
             raise UserError(f"--runs: expected some of {', '.join(map(repr, RUNS))}, got {label!r}")
     return [
-        Job(
-            label,
-            seed,
-            args.out / label.replace(", ", "-") / f"seed{seed}",
-            [*RUNS[label], "--seed", str(seed), *common],
-        )
+        Job(label, seed, args.out / label.replace(", ", "-") / f"seed{seed}",
+            [*RUNS[label], "--seed", str(seed), *common])
         for seed in args.seeds
         for label in chosen
     ]

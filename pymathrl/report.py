@@ -396,10 +396,7 @@ def plot_comparison(groups: dict[str, list[Run]], folder: Path) -> Path:
     handles = {h.get_label(): h for ax in axes for h in ax.get_lines() if not str(h.get_label()).startswith("_")}
     if handles:
         figure.legend(
-            handles=list(handles.values()),
-            loc="outside lower center",
-            ncols=min(8, len(handles)),
-            fontsize=10,
+            handles=list(handles.values()), loc="outside lower center", ncols=min(8, len(handles)), fontsize=10,
             frameon=False,
         )
     figure.suptitle("Mean over seeds, band from minimum to maximum", fontsize=12)
