@@ -26,8 +26,11 @@ Of more than one predicted token (--rlp-horizon) r is the mean. Not found: the c
 chosen, and how x_t is joined to the thought beyond a figure (here: directly behind the closing tag). Paper: 16 thoughts
 of at most 2048 tokens at temperature 0.7, 512 prefixes per step, lr 1e-6.
 
-Tried: --rlp-place uniform with the built-in model, 5 steps: r stays at -17 nats, for it knows no text behind a thought
-but an answer.
+Tried, with the built-in model on Countdown: --rlp-place uniform leaves r at -17 nats after 5 steps, for the model knows
+no text behind a thought but an answer. --rlp-place answer does what r asks for, log pi(answer | thought) -2.5 -> -1.8
+nats per token in 20 steps on fresh problems, and pass@1 falls, 31.5 -> 21.3 %: r pays for a likeness to the one answer
+of the text, not for a right one (problems with a single solution: 21.9 %). With right or wrong as the reward and
+everything else as it is, pass@1 rises to 37.7 % and that log-prob stays.
 """
 
 from __future__ import annotations

@@ -11,6 +11,10 @@ prompt: never trained, and no answer is read from it. A question gives one right
 both, of those drawn in training, and they are restarted from in the next step; the published code makes its states
 once, with the tuned model. --orm bt trains an outcome model beside, see `outcome`.
 
+The outcome model begins at chance, and --orm-normalize batch makes that chance as large as the verdict: on the built-in
+model pass@1 went 26.0 % -> 19.8 % with it, -> 24.7 % without it, -> 26.7 % with --orm none (20 steps of 64 x 8, one
+seed, standard error 2.5 points). With the defaults, one response to each of 512 prompts: -> 30.3 %.
+
 Differs from the code: a response that the length limit cut gets no end token; answers are read from the response alone,
 not from the last 128 characters of prompt and response. NOT FOUND: T, the share of restarts, how the outcome model is
 trained; the defaults are ours. Published with --temperature 0.6 and a model tuned to reflect; its rounds, in between
@@ -57,8 +61,8 @@ class Config(ppo.Config):
     reflect: str = option("", f"text at the end of a restart; empty: {TOKEN} where the vocabulary has it, else a "
                               "phrase in the prompt's style")  # fmt: skip
     orm: str = option("none", "outcome model: none (its logit is 0), or bt, trained on pairs", choices=("none", "bt"))
-    orm_normalize: str = option("batch", "its logits: less their mean, divided by their std, over the responses of a "
-                                         "draw; or as they are", choices=("batch", "none"))  # fmt: skip
+    orm_normalize: str = option("none", "its logits: as they are, or less their mean, divided by their std, over the "
+                                        "responses of a draw", choices=("none", "batch"))  # fmt: skip
 
 
 def check(train: TrainConfig, own: Config) -> None:

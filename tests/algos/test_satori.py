@@ -217,7 +217,7 @@ def test_the_outcome_model_steps_along_the_gradient_of_the_pairs(budget):
 
 
 def test_the_outcome_model_learns_to_rank_and_then_counts_in_the_reward():
-    ctx, of = with_orm()
+    ctx, of = with_orm("--orm-normalize", "batch")
     first = satori.judge(ctx, of)
     assert first.reward.tolist() == pytest.approx([0.5, -0.5, -0.5, 0.5, -0.5, -0.5, -0.5, 0.5]), "it knows nothing yet"
     batch = make_batch(ctx, first)
