@@ -271,6 +271,7 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
             f"--samples-per-prompt: --algo {algo.name} compares the responses to a problem, expected at least "
             f"{algo.min_samples}, got {train.samples_per_prompt}"
         )
+    algo.check(train, own)  # before the filter's need of groups: some algorithms have none, and say so
     if train.filter != "off" and train.samples_per_prompt < 2:
         raise UserError(
             f"--filter {train.filter} keeps groups by the accuracy of their responses: expected at least 2 "
@@ -297,7 +298,6 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
     for name, (other, on) in needs.items():
         if name in given and not on and getattr(train, name) != _default(name):
             raise UserError(f"{flag(name)} has no effect with {flag(other)} {getattr(train, other)}; set that too")
-    algo.check(train, own)
 
 
 def _add_stages(run: Run, tables: Any, layers: Sequence[Layer], last: Layer, source: str) -> Run:
