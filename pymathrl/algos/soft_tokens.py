@@ -115,6 +115,8 @@ def phrases(ctx: Context, prompt: str) -> tuple[str, str]:
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     own, engine = ctx.own, ctx.engine
     stop, prefill = phrases(ctx, ctx.task.prompt(prompts.problems[0], ctx.policy.prompt_style))
+    if not ctx.policy.tokenizer.decode(ctx.tokens(stop)):
+        raise UserError(f"--cot-stop {stop!r} is a special token, which no text shows; give one that the model writes")
     early, late = ctx.tokens(prefill), ctx.tokens(stop + prefill)  # after a chain that stopped, or was cut off
     room = draws.max_new_tokens - own.answer_tokens - len(late)
     if room < 1:

@@ -201,6 +201,8 @@ def test_options_of_soft_tokens_are_refused_without_them(name: str, value: str) 
 
 
 def test_no_room_for_a_chain_is_said() -> None:
+    with pytest.raises(UserError, match="--cot-stop '<eos>' is a special token"):
+        drawn(context("soft_tokens", "--cot-stop", "<eos>", "--answer-tokens", "4"))
     ctx = context("soft_tokens")
     with pytest.raises(UserError, match="--max-new-tokens 14 leaves no room"):
         drawn(ctx)
