@@ -166,7 +166,10 @@ class Run:
 
 
 # Options that the stages of a schedule share.
-OF_THE_RUN = ("model", "out", "seed", "device", "dtype", "threads")
+OF_THE_RUN = (
+    "model", "out", "seed", "device", "dtype", "threads", "prompt_style", "keep_checkpoints", "eval_problems",
+    "eval_samples", "eval_problems_during", "eval_samples_during",
+)  # fmt: skip
 
 # What may differ when a run is resumed: nothing that changes the steps already done.
 RESUME_MAY_CHANGE = ("steps", "device", "eval_every", "checkpoint_every", "keep_checkpoints", "samples_per_step")
@@ -226,6 +229,8 @@ def parse_train(argv: list[str] | None = None) -> Run:
         last = (flag, {k: v for k, v in typed.items() if k in RESUME_MAY_CHANGE})
     run = dataclasses.replace(run, resume=Path(known.resume) if known.resume else None, dry_run=given.dry_run)
     if not stages:
+        if run.train.stage_optimizer != _default("stage_optimizer"):
+            raise UserError("--stage-optimizer is of schedules: it has no effect without [[stage]] tables in --config")
         return run
     return _add_stages(run, stages, layers, last, str(known.config or f"{known.resume}/config.toml"))
 

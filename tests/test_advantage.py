@@ -16,6 +16,7 @@ from pymathrl.loss import minibatch_loss
 from pymathrl.ops.aggregation import MODES
 from pymathrl.rollout import Engine
 from tests.algos.cases import check_gradient, context, graded, make_batch, move, sampled, with_rewards
+from tests.algos.runs import assert_resume_gives_the_same_bits, steps
 from tests.tiny import save_tiny, tiny_policy
 
 KL = ["--kl", "k3", "--kl-coef", "0.5"]
@@ -56,6 +57,13 @@ def test_the_factor_is_steered_to_its_target_within_a_fifth(target, factor, monk
     reference_terms(ctx, rows)
     steer_kl(ctx, 2)
     assert ctx.at.kl_coef == pytest.approx(0.5 * factor**2, rel=1e-5)
+
+
+def test_a_steered_factor_survives_a_resume(tmp_path):
+    flags = ["--kl", "k3", "--kl-coef", "0.5", "--kl-target", "0.001", "--kl-horizon", "32"]
+    metrics = assert_resume_gives_the_same_bits(tmp_path, "grpo", *flags)
+    assert len({m["kl/coef"] for m in metrics}) > 2 and metrics[0]["kl/coef"] == 0.5
+    assert [m["kl/coef"] for m in steps(tmp_path / "parts")] == [m["kl/coef"] for m in metrics]
 
 
 def test_the_reference_is_that_of_the_stage(tmp_path):
