@@ -133,14 +133,15 @@ def batch_of(ctx: Any) -> Batch:
     return batch
 
 
-@pytest.mark.parametrize("mode, flags", [("soft", []), ("soft", ["--soft-top-k", "5"]), ("hard", [])])
-@pytest.mark.parametrize("tie", [False, True])
+@pytest.mark.parametrize(
+    "mode, flags, tie",
+    [("soft", [], False), ("soft", [], True), ("soft", ["--soft-top-k", "5"], False), ("hard", [], False),
+     ("hard", [], True)],
+)  # fmt: skip
 @pytest.mark.parametrize("budget", [10_000, 40])
 def test_gradient_through_the_model_equals_the_equations_in_float64(
     mode: str, flags: list[str], tie: bool, budget: int
 ) -> None:
-    if flags and tie:
-        pytest.skip("top-k once")
     options = ("--temperature", "0.9", "--answer-tokens", "4", "--cot-mode", mode)
     tau = () if mode == "hard" else ("--soft-tau", "0.7")
     ctx = context("soft_tokens", *options, *tau, *flags, policy=tiny_policy(seed=3, tie=tie))
