@@ -16,29 +16,29 @@ from pymathrl.errors import UserError
 
 def reference_terms(ctx: Context, graded: Graded) -> Graded:
     """Under --kl: extra["ref_logp"], the log-probs of the reference policy; with --kl-in reward also
-    extra["kl_penalty"], what each token's KL (k1, of the sampling policy) takes off its reward. Both fp32 [T], nats.
-
-    --kl-target moves the factor for the next step by at most a fifth per --kl-horizon responses (Ziegler et al., arXiv
-    1909.08593, section 2.2).
-    """
-    config, at, rollout = ctx.train, ctx.at, graded.rollout
+    extra["kl_penalty"], what each token's KL (k1, of the sampling policy) takes off its reward. Both fp32 [T], nats."""
+    config, rollout = ctx.train, graded.rollout
     if config.kl == "none":
         return graded
-    if at.kl_coef < 0:
-        at.kl_coef = config.kl_coef
     ref_logp = ctx.score(rollout, ctx.reference()).logp
     if config.kl_in == "reward" and rollout.parent is not None:
         raise UserError("--kl-in reward: a response of several rows has no place for it; use --kl-in loss")
     k1 = torch.where(rollout.sampled_mask, rollout.logp - ref_logp, 0.0)
     extra = {**graded.extra, "ref_logp": ref_logp}
     if config.kl_in == "reward":
-        extra["kl_penalty"] = at.kl_coef * k1
+        extra["kl_penalty"] = ctx.kl_coef * k1
     mean = float(k1.sum() / rollout.sampled_mask.sum())
-    ctx.metrics |= {"kl/coef": at.kl_coef, "kl/sampler_to_reference": mean}
-    if config.kl_target:
-        error = max(-0.2, min(0.2, mean / config.kl_target - 1))
-        at.kl_coef *= 1 + error * rollout.main_rows.numel() / config.kl_horizon
+    ctx.metrics |= {"kl/coef": ctx.kl_coef, "kl/sampler_to_reference": mean}
     return replace(graded, extra=extra)
+
+
+def steer_kl(ctx: Context, responses: int) -> None:
+    """Under --kl-target: the factor of the KL in the next step, moved by at most a fifth per --kl-horizon responses
+    from what it was in this one (Ziegler et al., arXiv 1909.08593, section 2.2)."""
+    config = ctx.train
+    if config.kl != "none" and config.kl_target:
+        error = max(-0.2, min(0.2, ctx.metrics["kl/sampler_to_reference"] / config.kl_target - 1))
+        ctx.at.kl_coef = ctx.kl_coef * (1 + error * responses / config.kl_horizon)
 
 
 def advantage(ctx: Context, graded: Graded) -> Batch:

@@ -119,7 +119,7 @@ class TrainConfig:
 
     @property
     def updates(self) -> int:
-        """Optimizer steps of a stage, at most."""
+        """Optimizer steps in all, at most: the clock of a learning-rate schedule."""
         return self.steps * self.epochs * self.minibatches
 
 
@@ -166,7 +166,10 @@ class Run:
 
 
 # Options that the stages of a schedule share.
-OF_THE_RUN = ("model", "out", "seed", "device", "dtype", "threads")
+OF_THE_RUN = (
+    "model", "out", "seed", "device", "dtype", "threads", "prompt_style", "keep_checkpoints", "eval_problems",
+    "eval_samples", "eval_problems_during", "eval_samples_during",
+)  # fmt: skip
 
 # What may differ when a run is resumed: nothing that changes the steps already done.
 RESUME_MAY_CHANGE = ("steps", "device", "eval_every", "checkpoint_every", "keep_checkpoints", "samples_per_step")
@@ -222,8 +225,12 @@ def parse_train(argv: list[str] | None = None) -> Run:
     ]
     last: Layer = (flag, typed)
     run = _assemble(algo, task, [*layers, last])
+    if saved:  # what may not change is the run's, and a stage may have its own
+        last = (flag, {k: v for k, v in typed.items() if k in RESUME_MAY_CHANGE})
     run = dataclasses.replace(run, resume=Path(known.resume) if known.resume else None, dry_run=given.dry_run)
     if not stages:
+        if run.train.stage_optimizer != _default("stage_optimizer"):
+            raise UserError("--stage-optimizer is of schedules: it has no effect without [[stage]] tables in --config")
         return run
     return _add_stages(run, stages, layers, last, str(known.config or f"{known.resume}/config.toml"))
 
@@ -269,6 +276,7 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
             f"--samples-per-prompt: --algo {algo.name} compares the responses to a problem, expected at least "
             f"{algo.min_samples}, got {train.samples_per_prompt}"
         )
+    algo.check(train, own)  # before the filter's need of groups: some algorithms have none, and say so
     if train.filter != "off" and train.samples_per_prompt < 2:
         raise UserError(
             f"--filter {train.filter} keeps groups by the accuracy of their responses: expected at least 2 "
@@ -283,16 +291,18 @@ def _check_together(algo: Algo, train: TrainConfig, own: Any, given: set[str]) -
             f"--is-level {train.is_level} needs --old-logp recompute: with the sampler's own log-probs as the old ones "
             "there is nothing to correct"
         )
+    if train.kl_in == "reward" and train.kl not in ("none", "k1"):
+        raise UserError(f"--kl-in reward takes k1 off the rewards: expected --kl k1, got --kl {train.kl}")
     needs = {
         "filter_low": ("filter", train.filter == "band"), "filter_high": ("filter", train.filter == "band"),
         "filter_rounds": ("filter", train.filter != "off"), "is_cap": ("is_level", train.is_level != "none"),
         "is_mode": ("is_level", train.is_level != "none"),
-        **{"kl_" + name: ("kl", train.kl != "none") for name in ("coef", "in", "target", "horizon", "reference")},
+        **{"kl_" + name: ("kl", train.kl != "none") for name in ("coef", "in", "target", "reference")},
+        "kl_horizon": ("kl_target", train.kl != "none" and train.kl_target > 0),
     }  # fmt: skip
     for name, (other, on) in needs.items():
         if name in given and not on and getattr(train, name) != _default(name):
             raise UserError(f"{flag(name)} has no effect with {flag(other)} {getattr(train, other)}; set that too")
-    algo.check(train, own)
 
 
 def _add_stages(run: Run, tables: Any, layers: Sequence[Layer], last: Layer, source: str) -> Run:

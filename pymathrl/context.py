@@ -42,7 +42,8 @@ class Position:
     tokens: int = 0  # generated
     skipped: int = 0  # optimizer steps left out because of a nan or an infinity
     skips_in_a_row: int = 0
-    kl_coef: float = -1.0  # of --kl as --kl-target has moved it; -1: not yet
+    empty_in_a_row: int = 0  # steps of which --filter kept no group
+    kl_coef: float | None = None  # of --kl as --kl-target has moved it; None: not yet
     before: dict[str, float] = field(default_factory=dict)  # the evaluation before training
 
 
@@ -58,7 +59,7 @@ class Context:
     note: Callable[[str], None] = print
     memory: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
-    _reference: Policy | None = None
+    _reference: dict[str, Policy] = field(default_factory=dict)  # by its name: one
 
     @property
     def train(self) -> TrainConfig:
@@ -85,8 +86,8 @@ class Context:
 
     @property
     def kl_coef(self) -> float:
-        """The factor of --kl as --kl-target has moved it, also before the first batch of a stage."""
-        return self.train.kl_coef if self.at.kl_coef < 0 else self.at.kl_coef
+        """The factor of the KL in this step: --kl-coef, or what --kl-target has made of it."""
+        return self.train.kl_coef if self.at.kl_coef is None else self.at.kl_coef
 
     @property
     def draws(self) -> Draws:
@@ -103,7 +104,11 @@ class Context:
 
     def problem_of(self, uid: int) -> Problem:
         """The problem that a sample of training with this identity answers, see `Draws.uids`."""
-        return self.task.train(uid >> SAMPLE_BITS, self.train.seed)
+        return self.task.train(self.problem_uid(uid), self.train.seed)
+
+    def problem_uid(self, uid: int) -> int:
+        """The identity of that problem."""
+        return uid >> SAMPLE_BITS
 
     def encode(self, problem: Problem, note: str = "") -> list[int]:
         """The prompt of a problem as token ids, with a line of text below the question where one is given."""
@@ -152,17 +157,18 @@ class Context:
     def reference(self) -> Policy:
         """The reference policy of KL terms: --kl-reference, or the model that the run began with. Loaded when first
         asked for."""
-        if self._reference is None:
+        name = self.train.kl_reference or self.train.model
+        if name not in self._reference:  # a later stage may name another one
             device = self.policy.device
-            name = self.train.kl_reference or self.train.model
-            self._reference = load(name, device, devices.weight_dtype(self.train.dtype, device))
-            self._reference.model.requires_grad_(False)
-            if self._reference.config.vocab_size != self.policy.config.vocab_size:
+            policy = load(name, device, devices.weight_dtype(self.train.dtype, device))
+            policy.model.requires_grad_(False)
+            if policy.config.vocab_size != self.policy.config.vocab_size:
                 raise UserError(
-                    f"--kl-reference {name}: its vocabulary has {self._reference.config.vocab_size} tokens, the "
-                    f"policy's {self.policy.config.vocab_size}; it must be of the same family"
+                    f"--kl-reference {name}: its vocabulary has {policy.config.vocab_size} tokens, the policy's "
+                    f"{self.policy.config.vocab_size}; it must be of the same family"
                 )
-        return self._reference
+            self._reference = {name: policy}
+        return self._reference[name]
 
     def new_learner(self, policy: Policy, updates: int, **options: Any) -> Learner:
         """Another model to train beside the policy, under the run's options but for `options` of these; `updates`: its

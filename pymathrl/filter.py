@@ -18,6 +18,7 @@ from torch import Tensor
 from pymathrl.batch import Graded, Rollout
 from pymathrl.config import TrainConfig
 from pymathrl.context import Context
+from pymathrl.prompt import Prompts
 
 MIN_RATE = 0.1  # of groups kept, assumed at least when the size of the next draw is chosen
 BINS = 4  # of the histogram of accuracies that is logged, besides exactly 0 and exactly 1
@@ -116,7 +117,9 @@ class Filter:
         if not state:
             return
         problems = [self.ctx.task.train(uid, self.ctx.train.seed) for uid in state["uids"]]
-        graded = self.ctx.verify(Rollout.restore(state["rollout"]).to(self.ctx.policy.device), problems)
+        prompts = Prompts(problems, [self.ctx.encode(problem) for problem in problems])
+        rollout = Rollout.restore(state["rollout"]).to(self.ctx.policy.device)
+        graded = self.ctx.run.algo.verify(self.ctx, rollout, prompts)
         move = lambda values: values.to(self.ctx.policy.device)
         self.carry = replace(
             graded, reward=move(state["reward"]), correct=move(state["correct"]),

@@ -279,7 +279,8 @@ def minibatch_loss(
 ) -> LossReport:
     """Accumulates into the gradients of `model` the loss of these rows of the batch: one optimizer step.
 
-    The normalisers (N tokens, B responses) are those of all the rows, whatever the cut into micro-batches.
+    The normalisers (N sampled tokens, B responses that have one) are those of all the rows, whatever the cut into
+    micro-batches.
     terms: makes further fields of `Batch.extra` from the whole minibatch, before its loss.
     """
     mini = batch.select(rows)
@@ -292,11 +293,15 @@ def minibatch_loss(
     rollout = mini.rollout
     mask, row = rollout.sampled_mask, rollout.row_of_token
     tokens = int(mask.sum())
+    if not tokens:  # --truncated mask took every response
+        empty = torch.zeros((), device=rollout.device)
+        return LossReport(loss=empty, stats=[], tokens=0, rows=rollout.rows, idle_rows=rollout.rows)
     responses = rollout.response_offsets  # a response is one sequence here, with its branches
+    before = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+    counted = int((before[responses].diff() > 0).sum())  # one without a trained token is in no average
     weight = aggregation_coef(
-        spec.aggregation, mask, responses, tokens=max(1, tokens), sequences=responses.numel() - 1,
-        max_length=max_new_tokens,
-    )  # fmt: skip
+        spec.aggregation, mask, responses, tokens=tokens, sequences=counted, max_length=max_new_tokens
+    )
     mini = replace(mini, weight=weight)
     live = torch.arange(rollout.rows, device=rollout.device)
     if spec.idle_when_zero:
@@ -305,8 +310,6 @@ def minibatch_loss(
         active = torch.zeros(rollout.rows, dtype=torch.bool, device=rollout.device)
         active[row[(mini.advantage != 0) & (mini.coef != 0)]] = True
         live = live[active]
-    if tokens == 0:  # every response was truncated, under --truncated mask
-        live = live[:0]
     # A link leads to the next token where that is sampled in the same row: ROVER's Q' looks across it.
     link = torch.zeros_like(rollout.role, dtype=torch.uint8)
     link[:-1] = (row[1:] == row[:-1]) & (rollout.role[1:] == ROLE_SAMPLED)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from pymathrl import devices
-from pymathrl.advantage import advantage, mask_tokens, reference_terms
+from pymathrl.advantage import advantage, mask_tokens, reference_terms, steer_kl
 from pymathrl.batch import STOP_LENGTH, Graded, Rollout
 from pymathrl.checkpoint import (
     clean_checkpoints,
@@ -53,7 +53,7 @@ from pymathrl.tasks import Task, load_task
 EVAL_KS = (1, 8)
 # Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
 STATE_FORMAT = 3
-MAX_SKIPS = 10  # optimizer steps skipped in a row after which a run gives up
+MAX_SKIPS = 10  # optimizer steps skipped in a row, or steps without a group, after which a run gives up
 
 
 class Stop:
@@ -177,7 +177,7 @@ class Session:
         """Goes on with the weights, and by default the optimizer's moments, under the options of another stage. The
         algorithm's memory stays where the algorithm does."""
         ctx, before = self.ctx, self.ctx.run
-        self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, -1.0
+        self.at.stage, self.at.stage_step, self.at.kl_coef = self.at.stage + 1, 0, None
         self.log.note(f"stage {self.at.stage + 1}: {stage_line(stage)}")
         ctx.run, ctx.task = stage, task
         ctx.learner.restart(stage.train, updates=stage.train.updates, max_pages=max(1, pages))
@@ -213,9 +213,15 @@ class Session:
         ctx.metrics = {}
         metrics: dict[str, Any] = {}
         graded = self.collect()
+        at.empty_in_a_row = at.empty_in_a_row + 1 if graded is None else 0
         if graded is None:
             self.log.note(f"step {at.step + 1}: --filter {config.filter} kept no group; no update")
-            self.count_skips([False])
+            if at.empty_in_a_row >= MAX_SKIPS:
+                raise UserError(
+                    f"--filter {config.filter} kept no group in {at.empty_in_a_row} steps of {config.filter_rounds} "
+                    "draws each: the problems are too easy or too hard for the policy; choose others, raise "
+                    "--samples-per-prompt, or use --filter off"
+                )
         elif not bool(torch.isfinite(graded.reward).all()):
             bad = int((~torch.isfinite(graded.reward)).sum())
             self.log.note(
@@ -229,7 +235,7 @@ class Session:
                 graded = reference_terms(ctx, graded)
                 batch = mask_tokens(algo.shape(ctx, graded, advantage(ctx, graded)), config)
             update = ctx.learner.update(
-                batch, with_options(algo.loss(ctx.own), config, at.kl_coef),
+                batch, with_options(algo.loss(ctx.own), config, ctx.kl_coef),
                 terms=None if algo.terms is None else partial(algo.terms, ctx), learn=partial(algo.learn, ctx),
                 timer=timer,
             )  # fmt: skip
@@ -237,6 +243,7 @@ class Session:
             metrics |= update_metrics(update)
             with timer("optim"):
                 algo.after_step(ctx, batch)
+                steer_kl(ctx, graded.rollout.main_rows.numel())
         metrics |= ctx.metrics
         metrics |= {
             "tokens": at.tokens,
@@ -416,7 +423,7 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_pol
     model, m = policy.model, policy.config
     count, size = sum(p.numel() for p in model.parameters()), model.embed.element_size()
     update = count * (4 + 8) if size == 4 else count * (2 + 4 + 8 + 4)  # bf16: also a master and its gradient
-    update += beside_policy * (count * size + update)
+    update += beside_policy * (count * size + update) + (c.kl != "none") * count * size  # the reference is loaded late
     context = c.max_prompt_tokens + c.max_new_tokens
     rows = c.prompts_per_step * c.samples_per_prompt
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)

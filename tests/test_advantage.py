@@ -6,14 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from pymathrl.advantage import advantage, mask_tokens, reference_terms
+from pymathrl.advantage import advantage, mask_tokens, reference_terms, steer_kl
+from pymathrl.algos import LossSpec
 from pymathrl.algos.common import last_sampled, response_reward, token_reward
 from pymathrl.batch import ROLE_FORCED, STOP_EOS, STOP_LENGTH
 from pymathrl.config import parse_train
 from pymathrl.errors import UserError
+from pymathrl.loss import minibatch_loss
+from pymathrl.ops.aggregation import MODES
 from pymathrl.rollout import Engine
 from tests.algos.cases import check_gradient, context, graded, make_batch, move, sampled, with_rewards
-from tests.tiny import tiny_policy
+from tests.algos.runs import assert_resume_gives_the_same_bits, steps
+from tests.tiny import save_tiny, tiny_policy
 
 KL = ["--kl", "k3", "--kl-coef", "0.5"]
 
@@ -29,7 +33,7 @@ def test_kl_in_the_reward_is_taken_off_token_by_token(monkeypatch):
     rows = graded([[1.0, 0.0]], [[2, 1]], logp=[[-1.0, -2.0], [-0.5]])
     mask = rows.rollout.sampled_mask
     ref = torch.where(mask, rows.rollout.logp - 0.25, 0.0)
-    ctx = with_reference(monkeypatch, context("grpo", *KL, "--kl-in", "reward"), ref)
+    ctx = with_reference(monkeypatch, context("grpo", "--kl", "k1", "--kl-coef", "0.5", "--kl-in", "reward"), ref)
     out = reference_terms(ctx, rows)
     assert out.extra["kl_penalty"].tolist() == [0, 0.125, 0.125, 0, 0.125]  # 0.5 * k1
     assert response_reward(out).tolist() == [0.75, -0.125]
@@ -47,15 +51,36 @@ def test_the_factor_is_steered_to_its_target_within_a_fifth(target, factor, monk
     flags = [*KL, "--kl-target", str(target), "--kl-horizon", "100"]
     ctx = with_reference(monkeypatch, context("grpo", *flags), ref)
     reference_terms(ctx, rows)
-    assert ctx.metrics["kl/coef"] == 0.5
-    assert ctx.at.kl_coef == pytest.approx(0.5 * factor, rel=1e-5)
+    assert ctx.metrics["kl/coef"] == ctx.kl_coef == 0.5, "the step's loss has the factor that it logs"
+    steer_kl(ctx, 2)
+    assert ctx.kl_coef == pytest.approx(0.5 * factor, rel=1e-5)
+    reference_terms(ctx, rows)
+    steer_kl(ctx, 2)
+    assert ctx.at.kl_coef == pytest.approx(0.5 * factor**2, rel=1e-5)
+
+
+def test_a_steered_factor_survives_a_resume(tmp_path):
+    flags = ["--kl", "k3", "--kl-coef", "0.5", "--kl-target", "0.001", "--kl-horizon", "32"]
+    metrics = assert_resume_gives_the_same_bits(tmp_path, "grpo", *flags)
+    assert len({m["kl/coef"] for m in metrics}) > 2 and metrics[0]["kl/coef"] == 0.5
+    assert [m["kl/coef"] for m in steps(tmp_path / "parts")] == [m["kl/coef"] for m in metrics]
+
+
+def test_the_reference_is_that_of_the_stage(tmp_path):
+    policy = tiny_policy(seed=3)
+    ctx = context("grpo", *KL, "--kl-reference", str(save_tiny(tmp_path / "a", seed=5)), policy=policy)
+    first = ctx.reference()
+    assert ctx.reference() is first
+    other = save_tiny(tmp_path / "b", seed=6)
+    ctx.run = replace(ctx.run, train=replace(ctx.train, kl_reference=str(other)))
+    assert not torch.equal(ctx.reference().model.embed, first.model.embed)
 
 
 def test_the_first_step_of_a_run_has_no_kl():
     """The reference is the model that the run began with: on a CPU its log-probs have the sampler's bits."""
     policy = tiny_policy(seed=3)
     ctx = context("grpo", *KL, policy=policy)
-    ctx._reference = ctx.frozen_copy()
+    ctx._reference = {ctx.train.model: ctx.frozen_copy()}
     out = reference_terms(ctx, with_rewards(sampled(policy, temperature=1.0), torch.ones(8)))
     assert torch.equal(out.extra["ref_logp"], out.rollout.logp)
     move(policy)
@@ -75,7 +100,7 @@ def test_the_first_step_of_a_run_has_no_kl():
 def test_kl_and_entropy_in_the_loss_through_the_model(flags, extra_loss):
     policy = tiny_policy(seed=3)
     ctx = context("grpo", *flags, "--temperature", "0.9", "--aggregation", "token-mean", policy=policy)
-    ctx._reference = tiny_policy(seed=8)
+    ctx._reference = {ctx.train.model: tiny_policy(seed=8)}
     batch = make_batch(ctx, with_rewards(sampled(policy), torch.tensor([1.0, 0, 0, 1, 0, 0, 0, 0])))
     move(policy)
 
@@ -120,6 +145,22 @@ def test_truncated_responses_leave_loss_and_counts():
     assert whole.rollout.sampled_count.tolist() == [2, 3, 2]
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_truncated_responses_are_in_no_average(mode):
+    """The loss is that of the other responses alone, and 0 where there are none."""
+    policy, spec = tiny_policy(seed=3), LossSpec("weighted", mode)
+    options = dict(temperature=1.0, token_budget=99, max_new_tokens=5)
+    ctx = context("grpo", "--truncated", "mask")
+    for cut, kept in (([1], [0, 2]), ([0, 1, 2], [])):
+        stops = [STOP_LENGTH if row in cut else STOP_EOS for row in range(3)]
+        rows = graded([[1.0, 0.0, 0.0]], [[2, 3, 4]], stops=stops)
+        batch = mask_tokens(advantage(ctx, rows), ctx.train)
+        masked = minibatch_loss(policy.model, batch, range(3), spec, **options)
+        alone = float(minibatch_loss(policy.model, batch.select(kept), range(2), spec, **options).loss) if kept else 0.0
+        assert float(masked.loss) == pytest.approx(alone, rel=1e-6) and (masked.loss != 0) == bool(kept)
+        assert masked.tokens == (6 if kept else 0) and masked.rows == 3
+
+
 def test_only_the_tokens_of_highest_entropy_are_trained():
     rows = graded([[1.0, 0.0]], [[3, 2]], logp=[[-0.1, -3.0, -0.2], [-2.0, -0.3]])  # entropy = -logp there
     ctx = context("grpo", "--entropy-quantile", "0.4")
@@ -141,6 +182,8 @@ def test_a_wrong_shape_of_an_algorithms_advantage_is_named():
     [
         (["--is-level", "token"], "needs --old-logp recompute"),
         (["--kl-coef", "0.1"], "--kl-coef has no effect with --kl none"),
+        (["--kl", "k3", "--kl-in", "reward"], "--kl-in reward takes k1 off the rewards: expected --kl k1, got --kl k3"),
+        (["--kl", "k3", "--kl-horizon", "9"], "--kl-horizon has no effect with --kl-target 0.0"),
         (["--filter-low", "0.1"], "--filter-low has no effect with --filter off"),
         (["--filter", "mixed", "--filter-high", "0.9"], "--filter-high has no effect with --filter mixed"),
         (["--filter", "band", "--filter-low", "0.8"], "0 <= --filter-low <= --filter-high <= 1"),

@@ -81,6 +81,9 @@ def test_the_saved_options_give_the_same_stages(tmp_path):
     assert again.values() == run.values()
     changed = parse_train(["--resume", str(tmp_path), "--checkpoint-every", "1"])
     assert {s.train.checkpoint_every for s in changed.stages} == {1}
+    # said once more, what the run had is no new option of its stages
+    same = parse_train(["--resume", str(tmp_path), "--max-new-tokens", "10", "--lr", "1e-3"])
+    assert [s.train for s in same.stages] == [s.train for s in run.stages]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,8 @@ def test_the_saved_options_give_the_same_stages(tmp_path):
     [
         ("[[stage]]\nmax_new_tokens = 8\n", "stage 1: each stage says its number of steps"),
         ("[[stage]]\nsteps = 1\nmodel = 'x'\n", "model is an option of the whole run"),
+        ("[[stage]]\nsteps = 1\neval_problems = 9\n", "eval_problems is an option of the whole run"),
+        ("stage_optimizer = 'fresh'\n", "has no effect without [[stage]] tables"),
         ("[[stage]]\nsteps = 1\n[[stage]]\nsteps = 1\nrho = 1.0\n", "stage 2, rho: unknown option for --algo grpo"),
         ("[[stage]]\nsteps = 1\nalgo = 'grop'\n", "stage 1, algo: unknown algorithm 'grop'; did you mean 'grpo'"),
         ("[[stage]]\nsteps = 1\nlr = -1.0\n", "stage 1, lr: expected more than 0"),

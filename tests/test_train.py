@@ -368,6 +368,26 @@ def test_bad_rewards_are_reported_and_end_the_run_when_they_go_on(bad, tmp_path,
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_filter_that_keeps_nothing_ends_the_run_with_its_own_sentence(tmp_path, capsys):
+    """A random model has no right answer: nothing was nan, and no learning rate would help."""
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    argv = ["--algo", "dapo", "--filter-rounds", "1", "--model", str(model), "--steps", "30", "--eval-every", "0"]
+    assert main([*argv, "--out", str(out), *SMALL_RUN]) == 2
+    err = capsys.readouterr().err
+    assert "--filter mixed kept no group in 10 steps of 1 draws each" in err and "nan" not in err
+    steps = [m for m in read_metrics(out) if "filter/keep_rate" in m]
+    assert len(steps) == 9 and {m["updates/skipped"] for m in steps} == {0}
+
+
+def test_a_batch_of_cut_responses_only_is_no_update_to_fail_on(tmp_path):
+    model, out = save_tiny(tmp_path / "model"), tmp_path / "run"
+    argv = ["--algo", "rover", "--truncated", "mask", "--model", str(model), "--steps", "3", "--eval-every", "0"]
+    assert main([*argv, "--out", str(out), *SMALL_RUN, "--max-new-tokens", "1"]) == 0
+    steps = [m for m in read_metrics(out) if "loss" in m]
+    assert len(steps) == 3 and max(m["completions/clipped_ratio"] for m in steps) == 1
+    assert {m["updates/skipped"] for m in steps} == {0}
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = save_tiny(tmp_path / "model")

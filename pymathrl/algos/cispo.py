@@ -18,9 +18,11 @@ from torch import Tensor
 from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import group_scores
 from pymathrl.batch import Graded
+from pymathrl.errors import UserError
 from pymathrl.options import at_least, positive
 
 if TYPE_CHECKING:
+    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
 
 
@@ -29,6 +31,11 @@ class Config:
     weight_low: float = at_least(0, 0.0, "least weight (verl and TRL: none, 0)")
     weight_high: float = positive(1.2, "largest weight (verl: 1.2; ScaleRL, arXiv 2510.13786: 5)")
     adv_eps: float = positive(1e-6, "added to the std (verl: 1e-6)")
+
+
+def check(train: TrainConfig, own: Config) -> None:
+    if own.weight_low > own.weight_high:
+        raise UserError(f"expected --weight-low <= --weight-high, got {own.weight_low} and {own.weight_high}")
 
 
 def advantage(ctx: Context, graded: Graded) -> Tensor:
@@ -47,4 +54,5 @@ ALGO = Algo(
     config=Config,
     advantage=advantage,
     loss=loss,
+    check=check,
 )

@@ -53,6 +53,7 @@ class Config(dapo.Config):
 
 
 def check(train: TrainConfig, own: Config) -> None:
+    dapo.check(train, own)
     if train.samples_per_prompt % (1 + own.branches):
         raise UserError(
             "--samples-per-prompt: --algo cure draws n1 responses and --branches new ones from each; expected a "

@@ -24,9 +24,11 @@ from torch import Tensor
 from pymathrl.algos.algo import Algo, LossSpec
 from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_scores
 from pymathrl.batch import Graded
+from pymathrl.errors import UserError
 from pymathrl.options import at_least, positive
 
 if TYPE_CHECKING:
+    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
 
 
@@ -39,6 +41,15 @@ class Config:
     overlong_buffer: int = at_least(0, 0, "tokens before --max-new-tokens over which a response is punished; 0 = off "
                                           "(paper: 4096 of 20480)")  # fmt: skip
     overlong_factor: float = positive(1.0, "the punishment at the full length (paper: 1)")
+
+
+def check(train: TrainConfig, own: Config) -> None:
+    if own.overlong_buffer > train.max_new_tokens:
+        raise UserError(
+            f"--overlong-buffer: expected at most --max-new-tokens {train.max_new_tokens}, got {own.overlong_buffer}"
+        )
+    if not own.overlong_buffer and own.overlong_factor != Config.overlong_factor:
+        raise UserError("--overlong-factor has no effect with --overlong-buffer 0; set that too")
 
 
 def overlong_penalty(length: Tensor, limit: int, buffer: int, factor: float) -> Tensor:
@@ -71,5 +82,6 @@ ALGO = Algo(
     advantage=advantage,
     loss=loss,
     defaults={"filter": "mixed"},
+    check=check,
     judge=judge,
 )

@@ -50,6 +50,8 @@ def check(train: TrainConfig, own: Config) -> None:
             "--rf-baseline group compares the responses to a problem: expected at least 2 --samples-per-prompt, got "
             f"{train.samples_per_prompt}; for example --samples-per-prompt 8 --prompts-per-step 64"
         )
+    if own.rf_baseline == "group" and own.gamma != 1:
+        raise UserError(f"--rf-baseline group has no returns to discount: expected --gamma 1, got {own.gamma}")
 
 
 def advantage(ctx: Context, graded: Graded) -> Tensor:

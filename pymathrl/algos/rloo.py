@@ -34,7 +34,8 @@ class Config:
     )
     clip_low: float = clip_low(0.2, "of forms clip and sequence; TRL: 0.2")
     clip_high: float = clip_high(0.2, "of forms clip and sequence; TRL: 0.2")
-    rloo_scale: str = option("none", "divide A by the std of the batch or not", choices=("none", "batch_std"))
+    rloo_scale: str = option("none", "divide A by the std of all rewards of the batch, plus 1e-4, or not",
+                             choices=("none", "batch_std"))  # fmt: skip
 
 
 def advantage(ctx: Context, graded: Graded) -> Tensor:

@@ -33,6 +33,7 @@ from pymathrl.errors import UserError
 from pymathrl.options import at_least, option, positive
 
 if TYPE_CHECKING:
+    from pymathrl.config import TrainConfig
     from pymathrl.context import Context
 
 
@@ -50,14 +51,17 @@ class Config:
     )  # fmt: skip
 
 
+def check(train: TrainConfig, own: Config) -> None:
+    if own.rover_level == "response" and (own.beta != Config.beta or own.rover_clip):
+        raise UserError("--rover-level response reads neither --beta nor --rover-clip; leave them out")
+
+
 def advantage(ctx: Context, graded: Graded) -> Tensor:
     return group_scores(graded, centre="group_mean", scale=ctx.own.adv_scale)
 
 
 def loss(config: Config) -> LossSpec:
     if config.rover_level == "response":
-        if config.beta != Config.beta or config.rover_clip:
-            raise UserError("--rover-level response reads neither --beta nor --rover-clip; leave them out")
         terms = {"rover_level": "response", "rho": config.rho}
         return LossSpec(form="rover", aggregation=SEQ_MEAN, terms=terms)
     terms = {"rho": config.rho, "beta": config.beta, "rover_clip": config.rover_clip or None}
@@ -71,4 +75,5 @@ ALGO = Algo(
     config=Config,
     advantage=advantage,
     loss=loss,
+    check=check,
 )

@@ -42,7 +42,7 @@ from pymathrl.algos.common import group_scores
 from pymathrl.batch import Graded, Rollout
 from pymathrl.errors import UserError
 from pymathrl.ops.soft_embed import SoftSampling
-from pymathrl.options import at_least, option, positive
+from pymathrl.options import at_least, flag, option, positive
 
 if TYPE_CHECKING:
     from pymathrl.context import Context
@@ -78,21 +78,30 @@ def check(train: Any, own: Config) -> None:
         raise UserError(
             f"--entropy-coef: soft tokens have no entropy bonus, got {train.entropy_coef}; use --cot-mode hard or 0"
         )
+    of_soft = ("soft_tau", "soft_top_k", "sigma_scale", "rms_mode")
+    unread = [name for name in of_soft if getattr(own, name) != getattr(Config, name)]
+    if own.cot_mode == "hard" and unread:
+        raise UserError(f"{flag(unread[0])} is of soft tokens: it has no effect with --cot-mode hard")
+    if not own.cot_stop:
+        raise UserError("--cot-stop: expected the text that ends a chain of thought, got an empty one")
 
 
 class Noise:
-    """sigma, as it was when the run began: the table is trained, and the noise must not follow it."""
+    """rms of all numbers of the table, as it was when the run began: the table is trained, and the noise must not
+    follow it. The options that make sigma of it are those of the stage."""
 
     def __init__(self, ctx: Context) -> None:
-        square = ctx.policy.model.embed.detach().double().square().mean()
-        size = square if ctx.own.rms_mode == "entry" else square * ctx.policy.config.hidden_size
-        self.sigma = ctx.own.sigma_scale * float(size.sqrt())
+        self.rms = float(ctx.policy.model.embed.detach().double().square().mean().sqrt())
+
+    def sigma(self, ctx: Context) -> float:
+        width = 1 if ctx.own.rms_mode == "entry" else ctx.policy.config.hidden_size
+        return ctx.own.sigma_scale * self.rms * width**0.5
 
     def state_dict(self) -> dict[str, Any]:
-        return {"sigma": self.sigma}
+        return {"rms": self.rms}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.sigma = state["sigma"]
+        self.rms = state["rms"]
 
 
 def phrases(ctx: Context, prompt: str) -> tuple[str, str]:
@@ -106,6 +115,8 @@ def phrases(ctx: Context, prompt: str) -> tuple[str, str]:
 def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
     own, engine = ctx.own, ctx.engine
     stop, prefill = phrases(ctx, ctx.task.prompt(prompts.problems[0], ctx.policy.prompt_style))
+    if not ctx.policy.tokenizer.decode(ctx.tokens(stop)):
+        raise UserError(f"--cot-stop {stop!r} is a special token, which no text shows; give one that the model writes")
     early, late = ctx.tokens(prefill), ctx.tokens(stop + prefill)  # after a chain that stopped, or was cut off
     room = draws.max_new_tokens - own.answer_tokens - len(late)
     if room < 1:
@@ -115,7 +126,7 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
         )
     chain: dict[str, Any] = draws.sampling
     if own.cot_mode != "hard":
-        chain = {"soft": SoftSampling(own.soft_tau or TAU[own.cot_mode], ctx.memory.sigma, own.soft_top_k)}
+        chain = {"soft": SoftSampling(own.soft_tau or TAU[own.cot_mode], ctx.memory.sigma(ctx), own.soft_top_k)}
     seqs = roots = engine.start(prompts.ids)
     try:
         rows = engine.fork(roots, draws.samples, draws.uids(prompts.problems).tolist())

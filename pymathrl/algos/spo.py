@@ -131,12 +131,12 @@ class Tracker:
 
     def state_dict(self) -> dict[str, Any]:
         state = {name: getattr(self, name) for name in ("alpha", "beta", "visits", "owner", "started")}
-        return state | {"last": {k: v for k, v in vars(self.last).items() if v is not None} if self.last else {}}
+        return state | {"last": self.last.state_dict() if self.last else {}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in ("alpha", "beta", "visits", "owner", "started"):
             setattr(self, name, state[name])
-        self.last = Rollout(**state["last"]) if state["last"] else None
+        self.last = Rollout.restore(state["last"]) if state["last"] else None
 
 
 def start(ctx: Context, tracker: Tracker) -> None:
@@ -224,7 +224,7 @@ def moved(ctx: Context, tracker: Tracker, at: Tensor, trained: Rollout) -> Tenso
 
 def after_step(ctx: Context, batch: Batch) -> None:
     tracker, own = ctx.memory, ctx.own
-    at = torch.tensor([tracker.pool.index[uid >> 16] for uid in batch.rollout.uid.tolist()])
+    at = torch.tensor([tracker.pool.index[ctx.problem_uid(uid)] for uid in batch.rollout.uid.tolist()])
     right = batch.correct.double().cpu()
     distance = torch.zeros_like(right)
     if own.rho_type == "kl":

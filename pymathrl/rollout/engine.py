@@ -179,7 +179,7 @@ class _Store:
 class Engine:
     """Generation with one policy. One engine serves a whole run: its buffers, pages and recorded passes are kept.
 
-    seed           of every random number
+    seed        of every random number
     max_batch   sequences decoded side by side; more wait their turn. What is drawn does not depend on it
     max_pages   pages of PAGE tokens for keys and values; None: what the free memory holds. Where they run out,
                 sequences are preempted and later go on as if nothing had happened

@@ -163,7 +163,7 @@ def check_gradient(
     """The loss and every gradient of the real path (packing, micro-batches, fused head, kernels) against
     equations(rows) -> loss, the paper's in plain torch under autograd in float64."""
     policy, algo, train = ctx.policy, ctx.run.algo, ctx.train
-    spec = replace(with_options(algo.loss(ctx.own), train, ctx.at.kl_coef), idle_when_zero=False)
+    spec = replace(with_options(algo.loss(ctx.own), train, ctx.kl_coef), idle_when_zero=False)
     terms = None if algo.terms is None else partial(algo.terms, ctx)
     policy.model.zero_grad()
     report = minibatch_loss(

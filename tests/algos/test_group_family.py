@@ -101,6 +101,20 @@ def test_gradients_through_the_model_equal_the_equations_in_float64(case):
     check_gradient(ctx, batch, equations, token_budget=60)
 
 
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["cispo", "--weight-low", "2"], "expected --weight-low <= --weight-high, got 2.0 and 1.2"),
+        (["dapo", "--overlong-factor", "2"], "--overlong-factor has no effect with --overlong-buffer 0"),
+        (["dapo", "--overlong-buffer", "65"], "--overlong-buffer: expected at most --max-new-tokens 64, got 65"),
+        (["cure", "--overlong-buffer", "65"], "--overlong-buffer: expected at most --max-new-tokens 64, got 65"),
+    ],
+)
+def test_options_that_do_not_fit(flags, words):
+    with pytest.raises(UserError, match=words):
+        parse_train(["--algo", *flags])
+
+
 def test_dapo_rewards_are_plus_and_minus_one_less_what_is_too_long():
     limit = torch.tensor([3000, 3584, 3840, 4096])
     assert dapo.overlong_penalty(limit, 4096, 512, 1.0).tolist() == [0.0, 0.0, -0.5, -1.0]  # UT-D1

@@ -111,7 +111,7 @@ def test_state_survives():
 def test_gradient_through_the_model_equals_the_equations_in_float64():
     policy = tiny_policy(seed=3)
     ctx = context("hapo", "--pool", "4", "--clip-high", "0.1", "--temperature", "0.9", policy=policy)
-    ctx._reference = tiny_policy(seed=4)
+    ctx._reference = {ctx.train.model: tiny_policy(seed=4)}
     reward = torch.tensor([1.0, 0.0, 0.3, 0.0, 1.0, -0.5, 0.0, 1.7])
     batch = make_batch(ctx, with_rewards(sampled(policy), reward))
     move(policy)

@@ -284,7 +284,7 @@ def test_evaluations_write_blocks_and_count_responses():
 
 def test_kl_in_the_reward_is_refused():
     ctx, drawn, rollout = written("--max-new-tokens", "12", "--kl", "k1", "--kl-in", "reward", policy=tiny_policy())
-    ctx._reference = ctx.policy
+    ctx._reference = {ctx.train.model: ctx.policy}
     with pytest.raises(UserError, match="--kl-in loss"):
         make_batch(ctx, ctx.verify(rollout, drawn.problems))
 

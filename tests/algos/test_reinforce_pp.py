@@ -89,6 +89,9 @@ def test_defaults_and_refusals():
     assert (run.train.samples_per_prompt, run.train.prompts_per_step) == (1, 512)
     with pytest.raises(UserError, match=r"--rf-baseline group compares .* got 1"):
         parse_train(["--algo", "reinforce_pp", "--rf-baseline", "group"])
+    with pytest.raises(UserError, match=r"--rf-baseline group has no returns .* got 0.9"):
+        flags = ["--rf-baseline", "group", "--samples-per-prompt", "8", "--prompts-per-step", "64", "--gamma", "0.9"]
+        parse_train(["--algo", "reinforce_pp", *flags])
     with pytest.raises(UserError, match=r"--filter mixed keeps groups by .* got 1"):
         parse_train(["--algo", "reinforce_pp", "--filter", "mixed"])
 

@@ -7,6 +7,7 @@ import torch
 
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY
+from pymathrl.config import parse_train
 from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
 from pymathrl.rollout import Engine
@@ -81,11 +82,10 @@ def test_gradient_through_the_model_equals_the_equations_in_float64(name, flags,
     check_gradient(ctx, batch, equations, budget)
 
 
-@pytest.mark.parametrize("other", [{"beta": 0.5}, {"rover_clip": 0.2}])
+@pytest.mark.parametrize("other", [["--beta", "0.5"], ["--rover-clip", "0.2"]])
 def test_rover_over_responses_refuses_what_it_does_not_read(other):
-    algo = REGISTRY["rover"]
     with pytest.raises(UserError, match="reads neither --beta nor --rover-clip"):
-        algo.loss(algo.config(rover_level="response", **other))
+        parse_train(["--algo", "rover", "--rover-level", "response", *other])
 
 
 def test_first_rover_update_is_twice_reinforce():
