@@ -234,7 +234,7 @@ def test_resume_gives_the_same_bits(tmp_path):
 def test_the_warm_up_keeps_the_verifier_near_the_reference_and_stages_have_their_own_options(monkeypatch):
     flags = ("--samples-per-prompt", "3", "--verifier-warmup", "1", "--kl", "k3", "--kl-coef", "0.5")
     ctx = context("tango", *flags, policy=tiny_policy(seed=3))
-    ctx._reference = ctx.frozen_copy()
+    ctx._reference = {ctx.train.model: ctx.frozen_copy()}
     specs = []
     monkeypatch.setattr(
         ctx.memory.learner, "update",
