@@ -16,7 +16,6 @@ from torch import Tensor
 
 import pymathrl
 from pymathrl.advantage import advantage
-from pymathrl.algos import REGISTRY
 from pymathrl.batch import ROLE_SAMPLED, Rollout
 from pymathrl.errors import UserError
 from pymathrl.loss import minibatch_loss
@@ -27,6 +26,7 @@ from pymathrl.ops.policy_loss import STATS
 from pymathrl.rollout import Engine, score
 from pymathrl.rollout import engine as engine_module
 from pymathrl.rollout.pages import PageTable
+from tests.algos.cases import context, with_rewards
 from tests.rollout.cases import FIELDS, assert_no_pages, assert_same, assert_same_rollout, sharp_policy
 from tests.tiny import tiny_policy
 
@@ -212,13 +212,12 @@ def test_draws_with_and_without_filters_in_one_sequence(policy: Policy, prompts:
 @pytest.mark.parametrize("name", ["grpo", "rover"])
 def test_the_first_ratio_is_one(policy: Policy, whole: Rollout, name: str) -> None:
     """On the first inner step of a batch the fused loss sees the ratios 1 and the differences 0, exactly."""
-    algo = REGISTRY[name]
-    reward = (torch.arange(whole.rows) % N == 0).float()
-    batch = advantage(whole, reward, reward > 0, algo, algo.config()).batch
+    ctx = context(name, policy=policy)
+    batch = advantage(ctx, with_rewards(whole, (torch.arange(whole.rows) % N == 0).float()))
     for budget in (50, 100_000):
         policy.model.zero_grad()
         report = minibatch_loss(
-            policy.model, batch, range(whole.rows), algo.loss(algo.config()), temperature=1.0, token_budget=budget,
+            policy.model, batch, range(whole.rows), ctx.run.algo.loss(ctx.own), temperature=1.0, token_budget=budget,
             max_new_tokens=24,
         )  # fmt: skip
         for stats in report.stats:

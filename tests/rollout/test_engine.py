@@ -634,7 +634,7 @@ def test_segments_say_why_they_stop(policy: Policy, whole: Rollout, engine: Engi
         assert engine.tokens(seq)[: len(before[i])] == before[i] and len(drawn) >= 2
         assert drawn == naive_draws(policy, before[i], len(PROMPTS[i // N]), int(UIDS[i]), len(drawn), SEED)[0]
     assert engine.segment(seqs[:2], 1, stop_ids=(), deadline_s=60.0) == ["length"] * 2
-    with pytest.raises(ValueError, match=r"segment: max_new_tokens must be >= 1, one or .* got 0"):
+    with pytest.raises(ValueError, match="segment: max_new_tokens must be >= 1, got 0"):
         engine.segment(seqs, 0)
 
 
