@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pymathrl import devices
 from pymathrl.batch import STOP_LENGTH, STOP_NAMES, Rollout
 from pymathrl.checkpoint import explain_os_errors, write_atomic
@@ -25,7 +23,7 @@ from pymathrl.errors import UserError
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import load
-from pymathrl.options import CommandParser
+from pymathrl.options import CommandParser, run_command
 from pymathrl.prompt import Prompts, encode
 from pymathrl.rollout import Draws, Engine
 from pymathrl.tasks import TASKS, Grade, Problem, Task, convert_option, load_task, task_options
@@ -146,7 +144,7 @@ def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
     return parser
 
 
-def _run(argv: Sequence[str] | None) -> None:
+def _run(argv: Sequence[str] | None) -> int:
     first = CommandParser(add_help=False, allow_abbrev=False)
     first.add_argument("--task", default="countdown")
     name = first.parse_known_args(argv)[0].task
@@ -212,6 +210,7 @@ def _run(argv: Sequence[str] | None) -> None:
         with explain_os_errors("write the evaluation", path):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, to_json(_record(settings, result), indent=1).encode())
+    return 0
 
 
 def _print(args: argparse.Namespace, ks: Sequence[int], result: Evaluation) -> None:
@@ -259,18 +258,7 @@ def _record(settings: dict[str, Any], result: Evaluation) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one sentence on stderr where the input cannot be used."""
-    try:
-        _run(argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(lambda: _run(argv), interrupted="interrupted")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_type_hints
+
+import torch
 
 from pymathrl.errors import UserError, nearest
 
@@ -16,6 +19,22 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def run_command(run: Callable[[], int], interrupted: str = "interrupted; checkpoints written before are whole") -> int:
+    """The exit code of a command: that of `run`; 2 with one sentence on stderr where the input cannot be used or the
+    system refuses; 130 with `interrupted` after Ctrl-C."""
+    try:
+        return run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, torch.OutOfMemoryError) as error:
+        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        return 130
 
 
 def option(

@@ -46,6 +46,7 @@ from pymathrl.models.paged import Buffers, PagedCache
 from pymathrl.ops._call import WHY
 from pymathrl.ops.attention import PAGE, fused_attention
 from pymathrl.ops.policy_loss import STATS, merge_stats
+from pymathrl.options import run_command
 from pymathrl.report import plot_run
 from pymathrl.rollout.engine import PREFILL_ROWS
 from pymathrl.tasks import Task, load_task
@@ -567,17 +568,7 @@ def sample_rows(graded: Graded, count: int) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one sentence on stderr where the input cannot be used; 130 when interrupted."""
-    try:
-        return train(parse_train(None if argv is None else list(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; checkpoints written before are whole", file=sys.stderr)
-        return 130
+    return run_command(lambda: train(parse_train(None if argv is None else list(argv))))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ Rows are packed one after the other and attend only to themselves, so that packi
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -37,6 +36,7 @@ from pymathrl.loss import TokenTerms, fused_policy_loss
 from pymathrl.models import Decoder, Policy, load, save
 from pymathrl.ops._call import WHY
 from pymathrl.optim import Optimizer
+from pymathrl.options import run_command
 from pymathrl.prompt import draw
 from pymathrl.report import plot_run
 from pymathrl.rollout import Draws, Engine
@@ -482,14 +482,4 @@ def describe(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit code 0; 2 with one sentence on stderr where the input cannot be used; 130 when interrupted."""
-    try:
-        return sft(parse_sft(None if argv is None else list(argv)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, torch.OutOfMemoryError) as error:
-        print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; checkpoints written before are whole", file=sys.stderr)
-        return 130
+    return run_command(lambda: sft(parse_sft(None if argv is None else list(argv))))
