@@ -16,10 +16,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import group_scores
+from pymathrl.algos.common import group_normalised
 from pymathrl.batch import Graded
 from pymathrl.errors import UserError
 from pymathrl.options import positive
@@ -45,10 +43,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=graded.correct.float())
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     return LossSpec(form="weighted", aggregation="token-mean", idle_when_zero=True)
 
@@ -58,7 +52,7 @@ ALGO = Algo(
     summary="strictly on-policy GRPO, for schedules of domain, length and difficulty",
     paper="arXiv 2505.16400",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     defaults={"minibatches": 1},
     check=check,

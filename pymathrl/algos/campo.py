@@ -22,10 +22,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_scores
+from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_normalised
 from pymathrl.batch import STOP_LENGTH, Graded
 from pymathrl.options import option, positive
 
@@ -86,10 +85,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=graded.correct.float() - f)
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     return LossSpec(form="clip", aggregation="token-mean", terms=clip_terms(config), idle_when_zero=True)
 
@@ -99,7 +94,7 @@ ALGO = Algo(
     summary="a critic of repetition in the reward, stages of growing length",
     paper="arXiv 2507.14683",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     defaults={"filter": "mixed", "minibatches": 1},
     judge=judge,

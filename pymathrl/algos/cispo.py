@@ -13,17 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import group_scores
-from pymathrl.batch import Graded
+from pymathrl.algos.common import group_normalised
 from pymathrl.errors import UserError
 from pymathrl.options import at_least, positive
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig
-    from pymathrl.context import Context
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,6 @@ def check(train: TrainConfig, own: Config) -> None:
         raise UserError(f"expected --weight-low <= --weight-high, got {own.weight_low} and {own.weight_high}")
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     terms = {"weight": "clipped_ratio", "weight_low": config.weight_low, "weight_high": config.weight_high}
     return LossSpec(form="weighted", aggregation="token-mean", terms=terms, idle_when_zero=True)
@@ -52,7 +44,7 @@ ALGO = Algo(
     summary="log-likelihood weighted by a clipped ratio: every token keeps its gradient",
     paper="arXiv 2506.13585",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     check=check,
 )

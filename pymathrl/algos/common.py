@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from torch import Tensor
 from pymathrl.batch import Graded, Rollout
 from pymathrl.ops.group_advantage import group_advantage
 from pymathrl.options import option
+
+if TYPE_CHECKING:
+    from pymathrl.context import Context
 
 SEQ_MEAN = "seq-mean-token-mean"
 
@@ -78,3 +81,8 @@ def whiten(values: Tensor, mask: Tensor, *, eps: float = 0.0, floor: float = 0.0
     x = x - x.mean()
     scale = (x.square().sum() / (x.numel() - correction)).clamp(min=floor) + eps
     return torch.zeros_like(values).masked_scatter(mask, (x / scale.sqrt()).float())
+
+
+def group_normalised(ctx: Context, graded: Graded) -> Tensor:
+    """fp32 [B]: GRPO's advantage, (R - mean of the group) / (std of the group + --adv-eps)."""
+    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)

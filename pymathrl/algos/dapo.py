@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_scores
+from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_normalised
 from pymathrl.batch import Graded
 from pymathrl.errors import UserError
 from pymathrl.options import at_least, positive
@@ -66,10 +66,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=reward)
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     return LossSpec(form="clip", aggregation="token-mean", terms=clip_terms(config), idle_when_zero=True)
 
@@ -79,7 +75,7 @@ ALGO = Algo(
     summary="clip-higher, token mean, dynamic sampling, overlong penalty",
     paper="arXiv 2503.14476",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     defaults={"filter": "mixed"},
     check=check,

@@ -12,15 +12,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import SEQ_MEAN, clip_high, clip_low, clip_terms, group_scores
-from pymathrl.batch import Graded
+from pymathrl.algos.common import SEQ_MEAN, clip_high, clip_low, clip_terms, group_normalised
 from pymathrl.options import positive
 
 if TYPE_CHECKING:
-    from pymathrl.context import Context
+    pass
 
 
 @dataclass(frozen=True)
@@ -28,10 +25,6 @@ class Config:
     clip_low: float = clip_low(3e-4, "paper: 3e-4")
     clip_high: float = clip_high(4e-4, "paper: 4e-4")
     adv_eps: float = positive(1e-6, "added to the std (verl: 1e-6)")
-
-
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
 
 
 def loss(config: Config) -> LossSpec:
@@ -43,6 +36,6 @@ ALGO = Algo(
     summary="clips one ratio per response, the geometric mean over its tokens",
     paper="arXiv 2507.18071",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
 )

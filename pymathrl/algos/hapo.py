@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import clip_high, clip_low, clip_terms, group_scores
+from pymathrl.algos.common import clip_high, clip_low, clip_terms, group_normalised
 from pymathrl.algos.pool import Pool, identity
 from pymathrl.batch import Graded, Rollout
 from pymathrl.options import at_least, option, positive, share
@@ -150,10 +150,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=(correct + extra).float().to(graded.reward.device))
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     return LossSpec(form="clip", aggregation="token-mean", terms=clip_terms(config), idle_when_zero=True)
 
@@ -163,7 +159,7 @@ ALGO = Algo(
     summary="rewards right answers that are shorter than the problem's best so far",
     paper="arXiv 2505.11225",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     defaults={"kl": "k3", "kl_coef": 0.04},
     memory=History,

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import group_scores
+from pymathrl.algos.common import group_normalised
 from pymathrl.batch import Batch, Graded
 from pymathrl.options import at_least, option, positive
 
@@ -51,10 +51,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     proxy = ctx.score(graded.rollout, min_p=ctx.own.lp_reg_kappa).proxy_logp
     assert proxy is not None  # with min_p
     return replace(graded, extra={**graded.extra, "proxy_logp": proxy})
-
-
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
 
 
 def least_likely(logp: Tensor, candidate: Tensor, share: float) -> Tensor:
@@ -85,7 +81,7 @@ ALGO = Algo(
     summary="GRPO that keeps unlikely but meaningful tokens near a proxy without the noise",
     paper="arXiv 2510.03222",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     judge=judge,
     terms=terms,

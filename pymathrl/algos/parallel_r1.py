@@ -45,7 +45,7 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import clip_high, clip_low, clip_terms, group_scores
+from pymathrl.algos.common import clip_high, clip_low, clip_terms, group_normalised
 from pymathrl.batch import STOP_EOS, STOP_LENGTH, Graded, Rollout
 from pymathrl.errors import UserError
 from pymathrl.options import option, positive
@@ -276,10 +276,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=graded.reward.new_tensor(reward))
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Config) -> LossSpec:
     return LossSpec("clip", "token-mean", clip_terms(config), idle_when_zero=True)
 
@@ -289,7 +285,7 @@ ALGO = Algo(
     summary="fork/join thinking: paths that do not see each other, and a summary of them",
     paper="arXiv 2509.07980",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     tools=True,
     rollout=rollout,

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from pymathrl.algos.algo import Algo, LossSpec
-from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_scores
+from pymathrl.algos.common import clip_high, clip_low, clip_terms, dual_clip, group_normalised
 from pymathrl.batch import ROLE_FORCED, Graded, Rollout
 from pymathrl.options import at_least, option, positive
 from pymathrl.sandbox import Result, Sandbox, escape_tags
@@ -160,10 +160,6 @@ def judge(ctx: Context, graded: Graded) -> Graded:
     return replace(graded, reward=outcome(graded, ctx.own.call_reward))
 
 
-def advantage(ctx: Context, graded: Graded) -> Tensor:
-    return group_scores(graded, centre="group_mean", scale="group_std", eps=ctx.own.adv_eps)
-
-
 def loss(config: Any) -> LossSpec:
     return LossSpec(form="clip", aggregation="token-mean", terms=clip_terms(config), idle_when_zero=True)
 
@@ -173,7 +169,7 @@ ALGO = Algo(
     summary="code executed in the middle of the reasoning, in a locked-down process",
     paper="arXiv 2504.11536",
     config=Config,
-    advantage=advantage,
+    advantage=group_normalised,
     loss=loss,
     tools=True,
     rollout=rollout,

@@ -157,10 +157,10 @@ def test_campo_takes_the_repetition_off_the_reward(monkeypatch):
     numbers = iter(f.values())
     monkeypatch.setattr(campo, "repetition", lambda ids: next(numbers))
     ctx = context("campo")
-    paper = campo.advantage(ctx, campo.judge(ctx, rows))
+    paper = campo.ALGO.advantage(ctx, campo.judge(ctx, rows))
     assert paper.tolist() == pytest.approx([0.808008, -1.248739, -0.367276, 0.808008], abs=1e-5)
     numbers, ctx = iter(f.values()), context("campo", "--repetition", "code")
-    code = campo.advantage(ctx, campo.judge(ctx, rows))
+    code = campo.ALGO.advantage(ctx, campo.judge(ctx, rows))
     assert code.tolist() == pytest.approx([0.864067, -0.946359, -0.781775, 0.864067], abs=1e-5)
     numbers, finished = iter(f.values()), graded([[1.0, 0.0, 0.0, 1.0]])
     assert campo.judge(ctx, finished).reward.tolist() == [1, 0, 0, 1]  # the script looks at cut responses only
