@@ -24,7 +24,7 @@ from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
 from pymathrl.rollout.draws import SAMPLE_BITS
 from pymathrl.tasks import Problem, Task
 from pymathrl.tasks.prompt_style import noted
-from pymathrl.verify import verify
+from pymathrl.verify.stage import Tally, ahead, verify
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Position:
 @dataclass
 class Context:
     """run: the options. at: where the run is. memory: what the algorithm keeps, made by `Algo.memory`. metrics: numbers
-    that hooks add are logged with the step. note(text): a line of the log."""
+    that hooks add are logged with the step. tally: what the verifier did in it. note(text): a line of the log."""
 
     run: Run
     learner: Learner
@@ -59,6 +59,7 @@ class Context:
     note: Callable[[str], None] = print
     memory: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
     _reference: dict[str, Policy] = field(default_factory=dict)  # by its name: one
 
     @property
@@ -126,6 +127,7 @@ class Context:
         """Responses to the prompts, `draws.samples` each. uids int64 [P*samples]: identities of the samples, where the
         prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`."""
         d = draws or self.draws
+        options.setdefault("on_finished", ahead(prompts.problems, d.samples, self.task, self.policy.tokenizer))
         return self.engine.generate(
             prompts.ids,
             d.samples,
@@ -139,6 +141,7 @@ class Context:
     def verify(self, rollout: Rollout, problems: Sequence[Problem]) -> Graded:
         """The task's verdict on each row; problems [P] in the order of the groups, which are numbered 0 .. P-1."""
         v = verify(rollout, problems, self.task, self.policy.tokenizer)
+        self.tally += v.tally
         return Graded(rollout, problems, v.reward, v.correct, v.grades, v.texts)
 
     def score(self, rollout: Rollout, policy: Policy | None = None, min_p: float | None = None) -> Scores:

@@ -50,6 +50,7 @@ from pymathrl.options import run_command
 from pymathrl.report import plot_run
 from pymathrl.rollout.engine import PREFILL_ROWS
 from pymathrl.tasks import Task, load_task
+from pymathrl.verify.stage import Tally
 
 EVAL_KS = (1, 8)
 # Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
@@ -211,7 +212,7 @@ class Session:
         """One pass of the six stages: (metrics, rows for samples.jsonl)."""
         ctx, config, algo, at, timer = self.ctx, self.ctx.train, self.ctx.run.algo, self.at, self.timer
         begin, before = time.perf_counter(), at.tokens
-        ctx.metrics = {}
+        ctx.metrics, ctx.tally = {}, Tally()
         metrics: dict[str, Any] = {}
         graded = self.collect()
         at.empty_in_a_row = at.empty_in_a_row + 1 if graded is None else 0
@@ -245,7 +246,7 @@ class Session:
             with timer("optim"):
                 algo.after_step(ctx, batch)
                 steer_kl(ctx, graded.rollout.main_rows.numel())
-        metrics |= ctx.metrics
+        metrics |= ctx.metrics | ctx.tally.metrics()
         metrics |= {
             "tokens": at.tokens,
             "tokens_per_second": (at.tokens - before) / (time.perf_counter() - begin),

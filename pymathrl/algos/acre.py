@@ -39,8 +39,8 @@ from pymathrl.batch import Graded
 from pymathrl.errors import UserError
 from pymathrl.options import option, positive
 from pymathrl.tasks import Grade
-from pymathrl.tasks.answer_tag import CLOSE, END_OF_THOUGHT, OPEN
 from pymathrl.tasks.questions import LETTERS
+from pymathrl.verify.extract import CLOSE, END_OF_THOUGHT, OPEN
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig

@@ -40,7 +40,7 @@ from pymathrl.batch import ROLE_SAMPLED, Batch, Graded, Rollout
 from pymathrl.errors import UserError
 from pymathrl.options import at_least, option
 from pymathrl.prompt import Prompts
-from pymathrl.tasks.answer_tag import END_OF_THOUGHT
+from pymathrl.verify.extract import END_OF_THOUGHT
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig

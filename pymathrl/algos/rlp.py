@@ -53,9 +53,9 @@ from pymathrl.ops.token_logprob import token_logprob
 from pymathrl.options import at_least, option, positive, share
 from pymathrl.prompt import Prompts
 from pymathrl.tasks import Grade, Problem
-from pymathrl.tasks.answer_tag import END_OF_THOUGHT
 from pymathrl.tasks.jsonl import shuffled
 from pymathrl.tasks.texts import read_texts
+from pymathrl.verify.extract import END_OF_THOUGHT
 
 if TYPE_CHECKING:
     from pymathrl.config import TrainConfig

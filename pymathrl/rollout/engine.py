@@ -58,6 +58,7 @@ GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 
 PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds its buffers
 TAIL_TOKENS = 24  # decoded in front of what can hold a stop string when one is looked for
 Progress = Callable[[int, int, int], None]  # sequences finished, sequences in all, tokens drawn
+Finished = Callable[[list[int], list[list[int]]], None]  # rows of responses that ended, and their token ids
 Hook = Callable[[list[int], Tensor, "StepStats"], Tensor | None]
 
 
@@ -234,6 +235,7 @@ class Engine:
         stop_strings: Sequence[str] = (),
         hook: Hook | None = None,
         on_progress: Progress | None = None,
+        on_finished: Finished | None = None,
     ) -> Rollout:
         """n samples for each of P prompts -> Rollout of P*n rows in that order, on the policy's device; group = prompt.
 
@@ -246,6 +248,8 @@ class Engine:
         stop_strings    texts that end a response; the tokens up to the one that completes the text belong to it
         hook            sees, and may replace, the logits of every step: see `step`; its sequences are row numbers
         on_progress     called every few steps: (responses finished, responses in all, tokens drawn)
+        on_finished     called with responses that have ended, each once, while others go on: (their rows in the
+                        Rollout, their token ids without the prompt). Generation waits for it: it hands on what is long
         """
         limits = [max_new_tokens] * len(prompts) if isinstance(max_new_tokens, int) else list(max_new_tokens)
         for name, value in (("len(prompts)", len(prompts)), ("n", n), ("max_new_tokens", min(limits, default=1))):
@@ -273,7 +277,7 @@ class Engine:
             self._run(
                 seqs, longest, _Ends.of(self.policy, stop_ids, stop_strings), sampling,
                 self.seed if seed is None else seed, order=order.flatten(), roots=roots, hook=hook,
-                on_progress=on_progress,
+                on_progress=on_progress, on_finished=on_finished,
             )  # fmt: skip
             return self._rollout(seqs, torch.arange(len(prompts)).repeat_interleave(n))
         finally:
@@ -462,6 +466,7 @@ class Engine:
         keep_pages: bool = False,
         hook: Hook | None = None,
         on_progress: Progress | None = None,
+        on_finished: Finished | None = None,
     ) -> None:
         """Draws for slots [n] until each stops, at the latest at `limit` [n] tokens. Continuous batching: at most
         max_batch run; one that stops makes room at once, one that is preempted comes back first.
@@ -498,6 +503,8 @@ class Engine:
                     self._take_back(done, ends)
                 if not keep_pages:
                     self._drop_pages(done)
+                if on_finished is not None:
+                    on_finished(self._name[done].tolist(), self._responses(done))
                 active = active[~over]
             if hook is None:
                 every = max(least, every // 2) if done.numel() else min(2 * every, max(least, CHECK_LONGEST))
@@ -871,6 +878,12 @@ class Engine:
         """bool [S,W]: the places of the store that hold a live sequence's tokens."""
         width = self._store.ids.shape[1]
         return (torch.arange(width) < (self._length * self._live)[:, None]).to(self.device)
+
+    def _responses(self, slots: Tensor) -> list[list[int]]:
+        """The token ids of each slot's sequence behind its prompt."""
+        bounds = zip(self._prompt[slots].tolist(), self._length[slots].tolist(), strict=True)
+        ids = self._store.ids[slots.to(self.device), : int(self._length[slots].max())].tolist()
+        return [row[begin:end] for row, (begin, end) in zip(ids, bounds, strict=True)]
 
     def _rollout(self, slots: Tensor, group: Tensor) -> Rollout:
         lengths = self._length[slots]

@@ -13,7 +13,7 @@ from pymathrl.rollout import Draws, Engine
 from pymathrl.sft.accept import Rules, Trace, choose
 from pymathrl.sft.retro import Attempt, Retro, revise
 from pymathrl.tasks import Problem, Task
-from pymathrl.verify import verify
+from pymathrl.verify.stage import verify
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 
 from pymathrl.errors import UserError
-from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.expression import MAX_LITERALS, canonical
 from pymathrl.tasks.holdout import TEST_SEED, is_held_out
 from pymathrl.tasks.last_number import last_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
+from pymathrl.verify.extract import last_answer
 
 MAX_DIGITS = 9
 MAX_ANSWER_LENGTH = 256  # characters; Python refuses to read integers of more than 4300 digits

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from pymathrl.errors import UserError
-from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.expression import (
     MAX_LITERALS,
     Binary,
@@ -36,6 +35,7 @@ from pymathrl.tasks.holdout import TEST_SEED, held_out_keys, is_held_out
 from pymathrl.tasks.jsonl import fail, read_hint, read_objects, shuffled
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
+from pymathrl.verify.extract import last_answer
 
 MAX_DRAWS = 100_000  # redraws before the generator gives up (about 1 s): ranges that cannot be met must not hang
 MAX_REPEATS = 1_000  # draws in a row that are in the test set already: the ranges hold no more problems

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from pymathrl.errors import UserError
-from pymathrl.tasks.answer_tag import last_answer
 from pymathrl.tasks.holdout import held_out_keys
 from pymathrl.tasks.jsonl import fail, read_hint, read_objects, shuffled
 from pymathrl.tasks.last_number import last_number, read_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
+from pymathrl.verify.extract import last_answer
 
 ANSWERS = ("tag", "last")
 MARK = "####"  # of GSM8K, before the final answer

@@ -1,46 +1,30 @@
-"""Stage 3, verify: the text of each response, graded by the task."""
+"""Answers to mathematical questions: what a response states, and whether it equals the gold answer.
+
+    extract("... so it is \\\\boxed{\\\\frac{1}{2}}.")               # "\\\\frac{1}{2}"
+    equal("\\\\frac{1}{2}", "0.5")                                 # Verdict(equal=True, reason=..., stage="exact")
+    verify("... so it is \\\\boxed{0.5}.", "\\\\frac{1}{2}").score   # 1.0
+
+A model's answer is text of a stranger: none of it is ever executed, what takes long is decided by a process that can be
+killed (`VerifierPool`), and nothing here raises for what an answer says. Needs no torch; the stage of a training step
+is `pymathrl.verify.stage`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+from pymathrl.verify.extract import extract
+from pymathrl.verify.policy import Policy, Result, Verdict
+from pymathrl.verify.pool import DEFAULT, VerifierPool, shared_pool
 
-from pymathrl.batch import Rollout
-from pymathrl.models import Tokenizer
-from pymathrl.tasks import Grade, Problem, Task
+__all__ = ["Policy", "Result", "Verdict", "VerifierPool", "equal", "extract", "verify"]
 
 
-@dataclass(frozen=True)
-class Verdicts:
-    """reward fp32 [B], correct bool [B], and for each row its grade and the graded text."""
-
-    reward: Tensor
-    correct: Tensor
-    grades: list[Grade]
-    texts: list[str]
+def equal(gold: str | Sequence[str], answer: str, *, cfg: Policy = DEFAULT) -> Verdict:
+    """Whether the answer equals the gold, or any of several. UserError where no worker can be started."""
+    return shared_pool().decide(gold, answer, cfg).result()
 
 
-def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer: Tokenizer) -> Verdicts:
-    """Grades every response; `problems` [P] in group order; a branch row gets what its response gets. Equal responses
-    to one problem are graded once."""
-    rows = rollout.response_of_row
-    rollout = rollout.main
-    ids, offsets = rollout.ids.tolist(), rollout.offsets.tolist()
-    prompt_len, groups = rollout.prompt_len.tolist(), rollout.group.tolist()
-    texts = tokenizer.decode_batch(
-        [ids[begin + n : end] for begin, end, n in zip(offsets, offsets[1:], prompt_len, strict=False)]
-    )
-    seen: dict[tuple[int, str], Grade] = {}
-    grades = []
-    for group, text in zip(groups, texts, strict=True):
-        key = (group, text)
-        if key not in seen:
-            seen[key] = task.grade(problems[group], text)
-        grades.append(seen[key])
-    grades, texts = [grades[i] for i in rows.tolist()], [texts[i] for i in rows.tolist()]
-    reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
-    correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
-    return Verdicts(reward, correct, grades, texts)
+def verify(response: str, gold: str | Sequence[str], mode: str = "boxed", cfg: Policy = DEFAULT) -> Result:
+    """The grade of a response: its answer, extracted in `mode`, against the gold or any of several."""
+    return shared_pool().submit(response, gold, mode, cfg).result()

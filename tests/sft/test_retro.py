@@ -9,7 +9,7 @@ from pymathrl.prompt import draw
 from pymathrl.rollout import Draws, Engine
 from pymathrl.sft.retro import Attempt, Retro, banned_ids, revise, tokens_before
 from pymathrl.tasks import load_task
-from pymathrl.verify import verify
+from pymathrl.verify.stage import verify
 from tests.tiny import tiny_policy
 
 

@@ -1,0 +1,122 @@
+"""Stage 3, verify: the text of each response, graded by the task.
+
+A task whose grader is equality of answers says what to compare (`check`), and the process's pool of workers compares;
+any other grades the text itself. The first kind is graded ahead: a response goes to the pool when it ends, while
+others are still being written (`ahead`), and this stage finds the verdict there.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pymathrl.batch import Rollout
+from pymathrl.models import Tokenizer
+from pymathrl.tasks import Grade, Problem, Task
+from pymathrl.verify.policy import Result
+from pymathrl.verify.pool import TIMEOUT, shared_pool
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What the verifier did: a result per response, and the seconds of each verdict that had to be found."""
+
+    results: tuple[Result, ...] = ()
+    seconds: tuple[float, ...] = ()
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(self.results + other.results, self.seconds + other.seconds)
+
+    def metrics(self) -> dict[str, float]:
+        """Under verifier/, where there are results: the shares of responses without an answer (no_answer), with a text
+        for an answer that is no formula (unparsed) and by the stage that decided (stage/NAME); how many ran into the
+        deadline (timeout) and how many were right by SymPy's word (accepted_symbolic) or by the agreement of numbers
+        alone (accepted_numeric); p50_ms and p99_ms of a verdict, extraction and repeated answers left out."""
+        count = len(self.results)
+        if not count:
+            return {}
+        stages = Counter(r.stage for r in self.results)
+        accepted = Counter(r.stage for r in self.results if r.correct)
+        out = {
+            "no_answer": sum(r.extracted is None for r in self.results) / count,
+            "unparsed": sum(r.stage == "text" and not r.correct for r in self.results) / count,
+            "timeout": sum((r.reason, r.stage) == (TIMEOUT.reason, TIMEOUT.stage) for r in self.results),
+            "accepted_symbolic": accepted["symbolic"],
+            "accepted_numeric": accepted["numeric"],
+            **{f"stage/{name}": n / count for name, n in sorted(stages.items())},
+        }
+        if self.seconds:
+            p50, p99 = np.percentile(self.seconds, [50, 99]) * 1e3
+            out |= {"p50_ms": float(p50), "p99_ms": float(p99)}
+        return {f"verifier/{name}": value for name, value in out.items()}
+
+
+@dataclass(frozen=True)
+class Verdicts:
+    """reward fp32 [B], correct bool [B], for each row its grade and the graded text, and what the verifier did."""
+
+    reward: Tensor
+    correct: Tensor
+    grades: list[Grade]
+    texts: list[str]
+    tally: Tally = Tally()
+
+
+def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer: Tokenizer) -> Verdicts:
+    """Grades every response; `problems` [P] in group order; a branch row gets what its response gets. Equal responses
+    to one problem are graded once."""
+    rows = rollout.response_of_row
+    rollout = rollout.main
+    ids, offsets = rollout.ids.tolist(), rollout.offsets.tolist()
+    prompt_len, groups = rollout.prompt_len.tolist(), rollout.group.tolist()
+    texts = tokenizer.decode_batch(
+        [ids[begin + n : end] for begin, end, n in zip(offsets, offsets[1:], prompt_len, strict=False)]
+    )
+    keys = list(zip(groups, texts, strict=True))
+    different = dict.fromkeys(keys)
+    tally = Tally()
+    comparing = _comparing(task)
+    if comparing is not None:
+        asked = {key: _submit(comparing, problems[key[0]], key[1]) for key in different}
+        results = {key: future.result() for key, future in asked.items()}
+        graded = {key: comparing.grade_result(problems[key[0]], key[1], result) for key, result in results.items()}
+        tally = Tally(tuple(results[key] for key in keys), tuple(shared_pool().take_latencies()))
+    else:
+        graded = {key: task.grade(problems[key[0]], key[1]) for key in different}
+    grades, texts = [graded[keys[i]] for i in rows.tolist()], [texts[i] for i in rows.tolist()]
+    reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
+    correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
+    return Verdicts(reward, correct, grades, texts, tally)
+
+
+def ahead(
+    problems: Sequence[Problem], samples: int, task: Task, tokenizer: Tokenizer
+) -> Callable[[list[int], list[list[int]]], None] | None:
+    """What `Engine.generate` may call with the responses that have ended, `samples` for each problem: the pool begins
+    with their verdicts. None for a task that grades by itself: that costs less than handing over."""
+    comparing = _comparing(task)
+    if comparing is None:
+        return None
+
+    def on_finished(rows: list[int], ids: list[list[int]]) -> None:
+        for row, text in zip(rows, tokenizer.decode_batch(ids), strict=True):
+            _submit(comparing, problems[row // samples], text)
+
+    return on_finished
+
+
+def _comparing(task: Any) -> Any:
+    """The task if answers to it are compared: such a one has `check` and `grade_result`."""
+    return task if hasattr(task, "check") else None
+
+
+def _submit(task: Any, problem: Problem, text: str) -> Future[Result]:
+    check = task.check(problem)
+    return shared_pool().submit(text, check.golds, check.mode, check.cfg)
