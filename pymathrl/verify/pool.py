@@ -144,7 +144,10 @@ class VerifierPool:
             if key in self._asked:
                 return None
         begin = time.perf_counter()
-        verdict = decide(*key, symbolic=False)
+        try:
+            verdict = decide(*key, symbolic=False)
+        except Exception as error:  # a defect of ours that some answer has found: it must not end a run of days
+            verdict = Verdict(False, f"error: {type(error).__name__}", "error")
         if verdict is not None:
             self._remember(key, verdict, time.perf_counter() - begin)
         return verdict

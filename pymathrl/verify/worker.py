@@ -117,7 +117,7 @@ def _decide(gold: str, answer: str, cfg: Policy) -> tuple[Verdict, bool]:
     except MemoryError:
         return Verdict(False, "out of memory", "worker"), True
     except Exception as error:
-        return Verdict(False, f"error: {type(error).__name__}", "worker"), False
+        return Verdict(False, f"error: {type(error).__name__}", "error"), False
     return Verdict(False, "not decided", "worker") if verdict is None else verdict, False
 
 
