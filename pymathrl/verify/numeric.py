@@ -1,0 +1,351 @@
+"""Values of expressions to many digits: they tell apart what differs, and prove equal what is algebraic.
+
+Two constants built of whole numbers with + - * / and real roots that differ, differ by more than a bound that follows
+from how they are built (Burnikel, Fleischer, Mehlhorn, Schirra 2000, "A strong and easily computable separation bound for
+arithmetic expressions involving radicals"). Agreement past that bound is a proof; agreement elsewhere is none.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import zlib
+from collections.abc import Mapping
+from fractions import Fraction
+from functools import lru_cache
+from typing import Any
+
+from pymathrl.verify import nodes as t
+from pymathrl.verify.canonical import MAX_TERMS, Undefined, substitute
+from pymathrl.verify.lexer import TooLarge
+from pymathrl.verify.nodes import Node
+
+POINTS = 5
+AGREE_DIGITS = 40
+DIGITS = 60  # of the first evaluation; a doubtful difference is computed again with MORE
+MORE = 240
+MAX_PROOF_BITS = 24_000  # of a separation bound that is worth computing
+MAX_MAGNITUDE = 200_000  # bits of an intermediate value's exponent
+
+_OF_INTEGERS = frozenset(("factorial", "factorial2", "binom", "sum", "prod", "gcd", "lcm"))
+DIFFER, AGREE, UNKNOWN = "differ", "agree", "unknown"
+_MODULI = (2305843009213693921, 2305843009213693907, 2305843009213693723)  # the three largest primes below 2^61 - 1
+
+
+class Outside(Exception):
+    """The point lies outside of an expression's real domain."""
+
+
+@lru_cache(maxsize=8)
+def _context(digits: int) -> Any:
+    import mpmath  # not at the top: most answers never need it, and it takes 0.1 s
+
+    context = mpmath.MPContext()
+    context.dps = digits
+    return context
+
+
+def compare(a: Node, b: Node) -> str:
+    """DIFFER (certain up to rounding), AGREE (to 40 digits, at 5 points if there are variables) or UNKNOWN."""
+    names = sorted(t.symbols(a) | t.symbols(b))
+    if not names:
+        return _compare_at(a, b, {}, real=False)
+    rng = random.Random(zlib.crc32(repr((a, b) if repr(a) < repr(b) else (b, a)).encode()))
+    integers = has_integer_parameter(a) or has_integer_parameter(b)
+    for real in (True, False):
+        agreed = 0
+        for attempt in range(24):
+            point = _point(names, rng, attempt, integers, positive=not real)
+            try:
+                found = _compare_at(a, b, point, real)
+            except (Outside, Undefined):
+                continue
+            if found == DIFFER:
+                return DIFFER
+            agreed += found == AGREE
+            if agreed == POINTS:
+                return AGREE
+        if agreed >= 2 and real:
+            return AGREE if agreed >= POINTS - 2 else UNKNOWN
+    return UNKNOWN
+
+
+def has_integer_parameter(node: Node) -> bool:
+    """Whether a variable must be a whole number: n!, binomials, (-1)^n."""
+    for n in t.walk(node):
+        if isinstance(n, t.Call) and n.name in _OF_INTEGERS and any(t.symbols(a) for a in n.args):
+            return True
+        if isinstance(n, t.Pow) and t.symbols(n.exponent) and not t.symbols(n.base) and _is_negative(n.base):
+            return True
+    return False
+
+
+def _is_negative(node: Node) -> bool:
+    if isinstance(node, t.Num):
+        return node.value < 0
+    return isinstance(node, t.Mul) and any(isinstance(f, t.Num) and f.value < 0 for f in node.factors)
+
+
+def _point(
+    names: list[str], rng: random.Random, attempt: int, integers: bool, positive: bool
+) -> dict[str, Fraction]:
+    if integers:
+        return {name: Fraction(rng.randint(2, 9) + attempt // 8 * 6) for name in names}
+    low = 0 if positive or attempt % 2 else -4
+    span = (4, 1, 12)[attempt // 2 % 3]
+    return {name: Fraction(rng.randint(low * 997 + 1, span * 997), 997) for name in names}
+
+
+def _compare_at(a: Node, b: Node, point: Mapping[str, Fraction], real: bool) -> str:
+    for digits in (DIGITS, MORE):
+        context = _context(digits)
+        x, y = evaluate(a, context, point, real), evaluate(b, context, point, real)
+        scale = max(abs(x), abs(y))
+        gap = abs(x - y)
+        if gap <= scale * context.mpf(10) ** (-AGREE_DIGITS if digits == DIGITS else -MORE + 40):
+            return AGREE
+        # a value that should be 0 leaves the rounding of what cancelled
+        if digits == DIGITS and gap > context.mpf(10) ** (-DIGITS // 2) * max(scale, 1):
+            return DIFFER
+        if digits == MORE:
+            rounding = context.mpf(10) ** (-MORE + 60)
+            return AGREE if gap < rounding and scale < rounding else DIFFER
+    return UNKNOWN
+
+
+def value(node: Node, digits: int = DIGITS) -> Any:
+    """A constant, real or complex, as an mpmath number. Raises Undefined, Outside, TooLarge."""
+    return evaluate(node, _context(digits), {}, real=False)
+
+
+def evaluate(node: Node, m: Any, point: Mapping[str, Fraction], real: bool) -> Any:
+    """The value in the mpmath context `m`. real: leave the reals nowhere, raise Outside instead."""
+    match node:
+        case t.Num(v):
+            return m.mpf(v.numerator) / v.denominator
+        case t.Sym("pi"):
+            return +m.pi
+        case t.Sym("e"):
+            return +m.e
+        case t.Sym("i"):
+            if "i" in point:
+                return m.mpf(point["i"].numerator) / point["i"].denominator
+            return m.mpc(0, 1)
+        case t.Sym(name):
+            if name not in point:
+                raise Outside(name)
+            return m.mpf(point[name].numerator) / point[name].denominator
+        case t.Add(x):
+            return m.fsum(evaluate(a, m, point, real) for a in x)
+        case t.Mul(x):
+            return m.fprod(evaluate(a, m, point, real) for a in x)
+        case t.Pow(base, exponent):
+            return _power(m, evaluate(base, m, point, real), evaluate(exponent, m, point, real), real)
+        case t.Root(arg, n):
+            x = evaluate(arg, m, point, real)
+            if n % 2 and _is_real(m, x) and m.re(x) < 0:
+                return -m.root(-m.re(x), n)
+            if real and _is_real(m, x) and m.re(x) < 0:
+                raise Outside("root")
+            return m.root(x, n)
+        case t.Call(name, args):
+            if name in ("sum", "prod"):
+                return _series(name, args, m, point, real)
+            return _function(name, [evaluate(a, m, point, real) for a in args], m, real)
+    raise Outside(type(node).__name__)
+
+
+def _is_real(m: Any, x: Any) -> bool:
+    return not isinstance(x, m.mpc) or x.imag == 0
+
+
+def _magnitude(m: Any, x: Any) -> float:
+    """log2 |x|, 0 for 0."""
+    return float(m.mag(x)) if x else 0.0
+
+
+def _power(m: Any, base: Any, exponent: Any, real: bool) -> Any:
+    if base == 0:
+        if not _is_real(m, exponent) or m.re(exponent) <= 0:
+            raise Undefined("a power of 0")
+        return m.mpf(0)
+    if abs(exponent) > MAX_MAGNITUDE or (abs(_magnitude(m, base)) + 1) * abs(exponent) > MAX_MAGNITUDE:
+        raise TooLarge("a power too large")
+    if real and _is_real(m, base) and m.re(base) < 0 and not m.isint(exponent):
+        raise Outside("power")
+    return m.power(base, exponent)
+
+
+def _function(name: str, x: list[Any], m: Any, real: bool) -> Any:
+    a = x[0]
+    is_real = _is_real(m, a)
+    if name in ("exp", "sinh", "cosh") and abs(a) > MAX_MAGNITUDE:
+        raise TooLarge("an exponential too large")
+    if name in ("sin", "cos", "tan", "cot", "sec", "csc") and _magnitude(m, a) > 200:
+        raise TooLarge("an angle too large")
+    if name in ("ln", "log"):
+        if a == 0:
+            raise Undefined("the logarithm of 0")
+        if real and m.re(a) < 0:
+            raise Outside("log")
+        if name == "ln":
+            return m.ln(a)
+        base = m.ln(x[1]) if x[1] != 0 else m.mpf(0)
+        if base == 0:
+            raise Undefined("the base of a logarithm")
+        return m.ln(a) / base
+    if name in ("arcsin", "arccos") and real and is_real and abs(a) > 1:
+        raise Outside(name)
+    if name in ("cot", "csc", "sec"):
+        below = m.cos(a) if name == "sec" else m.sin(a)
+        if abs(below) < m.mpf(10) ** (-m.dps + 10):
+            raise Undefined(name)
+        return (m.cos(a) if name == "cot" else 1) / below
+    if name == "tan":
+        if abs(m.cos(a)) < m.mpf(10) ** (-m.dps + 10):
+            raise Undefined(name)
+        return m.tan(a)
+    if name in ("floor", "ceil"):
+        nearest = m.nint(m.re(a))
+        if abs(a - nearest) < m.mpf(10) ** (-m.dps // 2):
+            return nearest
+        return m.floor(a) if name == "floor" else m.ceil(a)
+    if name == "factorial":
+        if not is_real or a < 0 or a > 3000:
+            raise TooLarge("a factorial too large")
+        return m.factorial(a)
+    if name == "factorial2":
+        if not is_real or a < 0 or a > 3000 or not m.isint(a):
+            raise TooLarge("a factorial too large")
+        return m.fac2(a)
+    if name == "binom":
+        if abs(x[0]) > 10_000 or abs(x[1]) > 10_000:
+            raise TooLarge("a binomial coefficient too large")
+        return m.binomial(x[0], x[1])
+    if name in ("max", "min"):
+        if not all(_is_real(m, v) for v in x):
+            raise Outside(name)
+        return (max if name == "max" else min)(m.re(v) for v in x)
+    simple = {
+        "sin": m.sin, "cos": m.cos, "exp": m.exp, "abs": abs, "sinh": m.sinh, "cosh": m.cosh, "tanh": m.tanh,
+        "arcsin": m.asin, "arccos": m.acos, "arctan": m.atan, "arccot": m.acot, "arcsec": m.asec, "arccsc": m.acsc,
+        "arcsinh": m.asinh, "arccosh": m.acosh, "arctanh": m.atanh, "re": m.re, "im": m.im, "arg": m.arg,
+        "sgn": m.sign, "coth": m.coth, "sech": m.sech, "csch": m.csch, "norm": abs,
+    }  # fmt: skip
+    if name not in simple:
+        raise Outside(name)
+    try:
+        return simple[name](a)
+    except (ValueError, ZeroDivisionError):
+        raise Undefined(name) from None
+
+
+def _series(name: str, args: tuple[Node, ...], m: Any, point: Mapping[str, Fraction], real: bool) -> Any:
+    body, index, low, high = args
+    first, last = evaluate(low, m, point, real), evaluate(high, m, point, real)
+    if not (m.isint(first) and m.isint(last)) or last - first >= MAX_TERMS:
+        raise TooLarge(f"a sum of more than {MAX_TERMS} terms")
+    values = [
+        evaluate(substitute(body, index, t.Num(Fraction(k))), m, point, real) for k in range(int(first), int(last) + 1)
+    ]
+    return m.fsum(values) if name == "sum" else m.fprod(values)
+
+
+# --- proofs ---
+
+
+def proves_equal(a: Node, b: Node) -> bool:
+    """Whether two real algebraic constants are equal, with certainty; False where that is not known."""
+    difference = t.Add((a, t.negate(b)))
+    roots: dict[Node, int] = {}
+    try:
+        upper, lower = _bound(difference, roots)
+    except Outside:
+        return False
+    bits = (math.prod(roots.values()) - 1) * upper + lower
+    if bits > MAX_PROOF_BITS:
+        return False
+    m = _context(1 << int((bits + 64) * 0.30103 + 20).bit_length())
+    try:
+        gap = abs(evaluate(difference, m, {}, real=True))
+    except Outside:
+        return False
+    return bool(gap < m.mpf(2) ** (-int(bits) - 2))
+
+
+def _bound(node: Node, roots: dict[Node, int]) -> tuple[float, float]:
+    """log2 of BFMSS's u and l, rounded up; collects the roots below with their degrees. A value that is not 0 is at
+    least 1 / (u^(D-1) low), where D is the product of the degrees."""
+    up = 1e-6
+    match node:
+        case t.Num(v):
+            return math.log2(max(abs(v.numerator), 1)) + up, math.log2(v.denominator) + up
+        case t.Add(terms):
+            u, low = _bound(terms[0], roots)
+            for term in terms[1:]:
+                u2, low2 = _bound(term, roots)
+                u, low = max(u + low2, u2 + low) + 1, low + low2
+            return u, low
+        case t.Mul(factors):
+            parts = [_bound(factor, roots) for factor in factors]
+            return sum(u for u, _ in parts), sum(low for _, low in parts)
+        case t.Pow(base, t.Num(n)) if abs(n) <= 64 and n.denominator <= 12:
+            u, low = _bound(base, roots)
+            u, low = u * abs(n.numerator), low * abs(n.numerator)
+            if n < 0:
+                u, low = low, u
+            return _root_bound(node, n.denominator, u, low, roots)
+        case t.Root(arg, k):
+            return _root_bound(node, k, *_bound(arg, roots), roots)
+    raise Outside("not algebraic")
+
+
+def _root_bound(node: Node, k: int, u: float, low: float, roots: dict[Node, int]) -> tuple[float, float]:
+    if k == 1:
+        return u, low
+    roots[node] = k
+    return ((u + (k - 1) * low) / k + 1e-6, low) if u >= low else (u, ((k - 1) * u + low) / k + 1e-6)
+
+
+def same_residues(a: Node, b: Node) -> bool:
+    """Whether two rational constants with powers too large to write out agree modulo three primes of 61 bits. For
+    unequal ones that chance is below 1e-50. Raises TooLarge for what this cannot compute."""
+    return all(_residue(a, p) == _residue(b, p) for p in _MODULI)
+
+
+def _residue(node: Node, p: int) -> int:
+    match node:
+        case t.Num(v):
+            if v.denominator % p == 0:
+                raise TooLarge("a residue")
+            return v.numerator * pow(v.denominator, -1, p) % p
+        case t.Add(x):
+            return sum(_residue(a, p) for a in x) % p
+        case t.Mul(x):
+            product = 1
+            for a in x:
+                product = product * _residue(a, p) % p
+            return product
+        case t.Pow(base, exponent):
+            n = _small_integer(exponent)
+            b = _residue(base, p)
+            if b == 0:
+                raise TooLarge("a residue")
+            return pow(b, n, p)
+    raise TooLarge("a number too large to evaluate")
+
+
+def _small_integer(node: Node) -> int:
+    """An exponent: a whole number of at most 100,000 bits."""
+    match node:
+        case t.Num(v) if v.denominator == 1:
+            return int(v)
+        case t.Mul((t.Num(v), inner)) if v.denominator == 1:
+            return int(v) * _small_integer(inner)
+        case t.Add(x):
+            return sum(_small_integer(a) for a in x)
+        case t.Pow(base, exponent):
+            b, n = _small_integer(base), _small_integer(exponent)
+            if n >= 0 and b.bit_length() * n <= 100_000:
+                return int(b**n)
+    raise TooLarge("an exponent too large to evaluate")
