@@ -14,10 +14,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pymathrl.verify.extract import extract
+from pymathrl.verify.normalize import normalize
+from pymathrl.verify.parser import parse
 from pymathrl.verify.policy import Policy, Result, Verdict
 from pymathrl.verify.pool import DEFAULT, VerifierPool, shared_pool
 
-__all__ = ["Policy", "Result", "Verdict", "VerifierPool", "equal", "extract", "verify"]
+__all__ = ["Policy", "Result", "Verdict", "VerifierPool", "equal", "extract", "normalize", "parse", "verify"]
 
 
 def equal(gold: str | Sequence[str], answer: str, *, cfg: Policy = DEFAULT) -> Verdict:

@@ -20,6 +20,8 @@ from torch import Tensor
 from pymathrl.batch import Rollout
 from pymathrl.models import Tokenizer
 from pymathrl.tasks import Grade, Problem, Task
+from pymathrl.verify.nodes import Word
+from pymathrl.verify.parser import parse
 from pymathrl.verify.policy import Result
 from pymathrl.verify.pool import TIMEOUT, shared_pool
 
@@ -35,21 +37,24 @@ class Tally:
         return Tally(self.results + other.results, self.seconds + other.seconds)
 
     def metrics(self) -> dict[str, float]:
-        """Under verifier/, where there are results: the shares of responses without an answer (no_answer), with a text
-        for an answer that is no formula (unparsed) and by the stage that decided (stage/NAME); how many ran into the
-        deadline (timeout) and how many were right by SymPy's word (accepted_symbolic) or by the agreement of numbers
-        alone (accepted_numeric); p50_ms and p99_ms of a verdict, extraction and repeated answers left out."""
+        """Under verifier/, where there are results: the shares of responses without an answer (no_answer), with a wrong
+        one that is no formula (unparsed) and by the stage that decided (stage/NAME); how many ran into the deadline
+        (timeout) and how many were right by SymPy's proof (accepted_symbolic) or because it had none and many digits
+        agree (accepted_numeric); p50_ms and p99_ms of a verdict, extraction and repeated answers left out."""
         count = len(self.results)
         if not count:
             return {}
         stages = Counter(r.stage for r in self.results)
-        accepted = Counter(r.stage for r in self.results if r.correct)
+        wrong = {r.extracted for r in self.results if r.extracted is not None and r.stage in ("text", "kind")}
+        words = {text for text in wrong if isinstance(parse(text), Word)}
+        symbolic = [r for r in self.results if r.correct and r.stage == "symbolic"]
+        agreed = sum(r.reason.startswith("agree") for r in symbolic)
         out = {
             "no_answer": sum(r.extracted is None for r in self.results) / count,
-            "unparsed": sum(r.stage == "text" and not r.correct for r in self.results) / count,
+            "unparsed": sum(r.extracted in words and not r.correct for r in self.results) / count,
             "timeout": sum((r.reason, r.stage) == (TIMEOUT.reason, TIMEOUT.stage) for r in self.results),
-            "accepted_symbolic": accepted["symbolic"],
-            "accepted_numeric": accepted["numeric"],
+            "accepted_symbolic": len(symbolic) - agreed,
+            "accepted_numeric": agreed,
             **{f"stage/{name}": n / count for name, n in sorted(stages.items())},
         }
         if self.seconds:

@@ -27,6 +27,7 @@ from pymathrl.verify.equality import decide
 from pymathrl.verify.policy import Policy, Verdict
 
 MEMORY_BYTES = 2 << 30  # address space of a child
+GROWN_KIB = 512 << 10  # of which a child has had this much at a time, it is not used again
 FILE_BYTES = 1 << 20  # of any file it writes: it has no reason to
 MESSAGE_BYTES = 1 << 20  # more than the longest request
 LOOK_EVERY_S = 5.0  # for the parent, whose end of the socket a fork of it may hold open
@@ -95,7 +96,7 @@ def _kill(pid: int, children: set[int]) -> None:
 
 
 def _serve(requests: socket.socket) -> None:
-    """Answers until the input ends, or until the memory has: a child that met its limit is not used again."""
+    """Answers until the input ends, or until it has grown: what SymPy's caches hold is missing in the next answer."""
     seconds = int(sys.argv[1])
     while message := requests.recv(MESSAGE_BYTES):
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -104,21 +105,20 @@ def _serve(requests: socket.socket) -> None:
         hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
         resource.setrlimit(resource.RLIMIT_CPU, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
         gold, answer, cfg = json.loads(message)
-        verdict, full = _decide(gold, answer, Policy(**cfg))
+        verdict = _decide(gold, answer, Policy(**cfg))
         requests.send(json.dumps(asdict(verdict)).encode())
-        if full:
+        if resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > GROWN_KIB:
             return
 
 
-def _decide(gold: str, answer: str, cfg: Policy) -> tuple[Verdict, bool]:
-    """The verdict, and whether the memory was full."""
+def _decide(gold: str, answer: str, cfg: Policy) -> Verdict:
     try:
         verdict = decide(gold, answer, cfg, symbolic=True)
     except MemoryError:
-        return Verdict(False, "out of memory", "worker"), True
+        return Verdict(False, "out of memory", "worker")
     except Exception as error:
-        return Verdict(False, f"error: {type(error).__name__}", "error"), False
-    return Verdict(False, "not decided", "worker") if verdict is None else verdict, False
+        return Verdict(False, f"error: {type(error).__name__}", "error")
+    return Verdict(False, "not decided", "error") if verdict is None else verdict
 
 
 def _limit(kind: int, most: int) -> None:
