@@ -22,7 +22,7 @@ from pymathrl.verify.nodes import Node
 from pymathrl.verify.normalize import normalize
 from pymathrl.verify.parser import MAX_LENGTH, parse_normalized, unwrap_text
 from pymathrl.verify.policy import Policy, Verdict
-from pymathrl.verify.readings import Assignments, Equation, Inequality, Reading, System, Value, read
+from pymathrl.verify.readings import Assignments, Equation, Inequality, Reading, System, Value, as_inequality, read
 
 DEFAULT = Policy()
 STAGES = ("text", "kind", "exact", "numeric", "symbolic")  # the dearest one that was needed decides
@@ -32,10 +32,16 @@ _WHOLE = re.compile(r"[-+]?\d{1,40}")
 _LETTER = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.):]?")
 _LETTER_AND_MORE = re.compile(r"(?:\(\s*([A-J])\s*\)\s*[.:]?|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?:^|[\s(])[A-J]\s*[.)]|\b(?:or|and)\b|\bnot\b")
+_THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
 _SPACES = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
+_BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
 _ONE_TOKEN = re.compile(r"\{(\w)\}")
 _MAYBE_UNDEFINED = re.compile(r"[/}{(]\s*-?0|/|\\frac|\\(?:ln|log|tan|cot|sec|csc)|\^")
+_COMMAND = re.compile(r"\\[A-Za-z]")
+_LETTER_RUN = re.compile(r"[^\W\d_]{2}|^\W*[^\W\d_]\W*$")
+_BLANK = re.compile(r"(?<!\d) | (?!\d)")
+_LIST_OF_WORDS = re.compile(r"\s*(?:,|;|\band\b)\s*")
 _NOT_A_WORD = re.compile(r"[^\w%$<>=+*/^|-]+")
 _ARTICLE = re.compile(r"^(?:(?:so |thus |hence |therefore )?(?:the )?(?:final )?(?:correct )?answer(?: is)?:? )")
 
@@ -66,14 +72,24 @@ def decide(gold: str, answer: str, cfg: Policy = DEFAULT, *, symbolic: bool) -> 
 
 def literal(text: str) -> str:
     """A normalized text without spacing and spelling variants of LaTeX: what must be equal to be the same text."""
-    text = _SPACES.sub("", _FRACTIONS.sub(r"\\frac", text))
+    text = _BETWEEN_DIGITS.sub("|", _FRACTIONS.sub(r"\\frac", text))
+    text = _SPACES.sub("", text)
     return _ONE_TOKEN.sub(r"\1", text.replace(r"\dots", r"\ldots").replace(r"\cdots", r"\ldots"))
 
 
 def words(text: str) -> str:
-    """Words without case, punctuation, spaces and font commands, a leading "the answer is" left out."""
-    plain = " ".join(_NOT_A_WORD.sub(" ", unwrap_text(text)).split()).lower()
-    return _ARTICLE.sub("", plain).replace(" ", "")
+    """Words without case, punctuation, spaces and font commands, a leading "the answer is" left out; "" for what is
+    mathematics."""
+    plain = unwrap_text(text)
+    if _COMMAND.search(plain) or not _LETTER_RUN.search(plain):
+        return ""
+    plain = " ".join(_NOT_A_WORD.sub(" ", plain).split()).lower()
+    return _BLANK.sub("", _ARTICLE.sub("", plain))
+
+
+def listed_words(text: str) -> frozenset[str]:
+    """The words of a list, each as `words` gives it."""
+    return frozenset(words(part) for part in _LIST_OF_WORDS.split(unwrap_text(text)))
 
 
 class _Comparison:
@@ -112,12 +128,22 @@ class _Comparison:
                 return Verdict(False, "undefined", "text")
             return Verdict(True, "same words", "text")
         found = self.trees(gold, answer)
+        if found is False and isinstance(gold, t.Items) != isinstance(answer, t.Items):
+            found = self.split_thousands(gold, answer, a, b)
         stage = STAGES[max(self.stage, 1)]
         if found is None:
             return None if not self.symbolic else Verdict(False, "no proof", "symbolic")
         if found:
             return self.formed(b, Verdict(True, self.reason or "equal", stage))
         return Verdict(False, self.reason or "different", stage)
+
+    def split_thousands(self, gold: Node, answer: Node, a: str, b: str) -> bool | None:
+        """ "30,150" against a list of two: as a list."""
+        items, text = (gold, b) if isinstance(gold, t.Items) else (answer, a)
+        parts = text.split(",")
+        if not isinstance(items, t.Items) or len(parts) != len(items.items) or not _THOUSANDS.fullmatch(text):
+            return False
+        return self.lists(items, t.Items(tuple(t.Num(Fraction(p)) for p in parts)))
 
     def formed(self, answer: str, verdict: Verdict) -> Verdict:
         form = self.cfg.require_form
@@ -135,9 +161,10 @@ class _Comparison:
         short, other = _LETTER.fullmatch(a), _LETTER.fullmatch(b)
         if short and other:
             x, y = short[1], other[1]
-            if self.cfg.choice or x.isupper() or y.isupper():
+            if self.cfg.choice or (x.isupper() and y.isupper()):
                 return x.upper() == y.upper()
-            return None
+            constant = {x, y} & {"e", "i"}  # lower case, these are numbers
+            return x.upper() == y.upper() if x.isupper() != y.isupper() and not constant else None
         more = _LETTER_AND_MORE.fullmatch(b)
         if short and (short[1].isupper() or self.cfg.choice) and more:
             return (more[1] or more[2]) == short[1].upper() and not _OTHER_CHOICE.search(more[3])
@@ -287,6 +314,9 @@ class _Comparison:
         x, y = (r.variable if isinstance(r, rs.RealSet) else (r.names[0] if isinstance(r, Value) and r.names else None)
                 for r in (a, b))  # fmt: skip
         if x is not None and y is not None and x != y:
+            flipped = [as_inequality(r) for r in found]
+            if flipped[0] is not None and flipped[1] is not None:
+                return self.inequalities(flipped[0], flipped[1])
             return self.because(f"{x} is not {y}")
         try:
             return rs.same(found[0], found[1], self.ends)
@@ -328,7 +358,10 @@ class _Comparison:
         items = node.items if isinstance(node, t.Group | t.Items) else ()
         if len(items) != len(given.values):
             return self.because("another number of values")
-        return self.both([self.values(v, x) for v, x in zip(given.values, items, strict=True)])
+        values = given.values
+        if given is b:  # a gold tuple has its variables in alphabetical order
+            values = tuple(v for _, v in sorted(zip(given.names, given.values, strict=True), key=lambda x: x[0]))
+        return self.both([self.values(v, x) for v, x in zip(values, items, strict=True)])
 
     def systems(self, a: Reading, b: Reading) -> bool | None:
         parts = [list(r.parts) if isinstance(r, System) else [r] for r in (a, b)]
@@ -376,7 +409,10 @@ class _Comparison:
         x, y = (_clock_text(n) for n in (a, b))
         if x is None or y is None:
             return self.because("words and a value")
-        return words(x) == words(y) or self.because("different words")
+        if words(x) == words(y) != "" or x == y:
+            return True
+        lists = listed_words(x), listed_words(y)
+        return (lists[0] == lists[1] and len(lists[0]) > 1 and "" not in lists[0]) or self.because("different words")
 
     def based(self, a: Node, b: Node) -> bool:
         """Equal digits; a base that is left out is that of the other."""
@@ -465,6 +501,8 @@ class _Comparison:
     def lists(self, a: Node, b: Node) -> bool | None:
         """Unordered, duplicates collapse; where items are left out by dots, as written."""
         x, y = (n.items if isinstance(n, t.Items | t.Braces) else (n,) for n in (a, b))
+        if isinstance(a, t.Items | t.Braces) != isinstance(b, t.Items | t.Braces) and len(x) + len(y) > 2:
+            return self.because("a list and one value")
         if any(isinstance(n, t.Literal) for n in (*x, *y)):
             if len(x) != len(y):
                 return self.because("different lists with dots")

@@ -42,12 +42,15 @@ _SPACE = re.compile(r"(?:\s|~|\\[,;:!> ]|\\(?:quad|qquad|enspace|thinspace|medsp
 _GROUPED = re.compile(r"\d{1,3}(?:(?:,\\!|\{,\}|\{,\\!\}|\\,|\\ |\\;|\\:|~|,| )\d{3})+(?!\d)(?!\s*/)(?:\.\d+)?")
 _PROTECTED = re.compile(r"\d{1,3}(?:(?:,\\!|\{,\}|\{,\\!\})\d{3})+(?!\d)(?:\.\d+)?")
 _SEPARATOR = re.compile(r",\\!|\{,\}|\{,\\!\}|\\[,;: ]|~|,| ")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d))")
+_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d))|(\d+)\.()\((\d+)\)")
+_AFTER_POINT = re.compile(r"\d|\\(?:overline|bar|dot)")
 _NUMBER = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?|\d+")
 _ORDINAL = re.compile(r"(?:\^\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{)?\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]{2,}|'[a-z]\b)*")
 _TWO_NUMBERS = re.compile(r"[-+]?[\d./]+\s+(?:and|or)\s+[-+]?[\d./]+")
+_NUMBER_IN_TEXT = re.compile(r"[-+]?\d[\d.,]*\s+[A-Za-z][A-Za-z ]*|[A-Z](?:\s*,\s*[A-Z])+")  # "12 hours", "A, B"
+_ALSO_PRODUCTS = frozenset(("hr", "mi", "in", "lb", "ha", "yr", "ml", "mg", "amp", "rad", "deg", "oz"))  # \pi hr^2
 _SHORT_NOUN = re.compile("[^aeiou][aeiou][^aeiou]")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _TEXT = frozenset(("text", "mbox", "textrm", "textnormal", "textsf", "texttt", "hbox", "textup", "textbf", "textit"))
@@ -69,7 +72,7 @@ _OPERATORS = {
     "rbrace": "}", "lbrack": "[", "rbrack": "]", "langle": "<(", "rangle": ")>", "lvert": "|", "rvert": "|",
     "vert": "|", "mid": "mid", "colon": ":", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
     "rceil": "rceil", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "circ": "circ", "degree": "circ",
-    "lVert": "||", "rVert": "||", "Vert": "||", "parallel": "||", "prime": "'", "to": "to", "mod": "mod",
+    "lVert": "||", "rVert": "||", "Vert": "||", "parallel": "||", "surd": "surd", "prime": "'", "to": "to", "mod": "mod", "over": "over",
     "pmod": "mod", "bmod": "mod", "slash": "/", "choose": "choose",
 }  # fmt: skip
 _COMMANDS = frozenset(
@@ -104,7 +107,7 @@ class _Lexer:
                 i, self.spaced = space.end(), True
                 continue
             c = text[i]
-            if c.isdigit() or (c == "." and i + 1 < n and text[i + 1].isdigit()):
+            if c.isdigit() or (c == "." and _AFTER_POINT.match(text, i + 1)):
                 i = self.number(i)
             elif c == "\\":
                 i = self.command(i)
@@ -126,7 +129,7 @@ class _Lexer:
             raise Unreadable(f"digit {text[i]!r}")
         repeating = _REPEATING.match(text, i)
         if repeating:
-            whole, fixed, block = repeating[1], repeating[2], repeating[3] or repeating[4]
+            whole, fixed, block = (x for x in repeating.groups() if x is not None)
             self.add("n", f"{whole or 0}.{fixed}({block})")
             return repeating.end()
         grouped = (_PROTECTED if self.depth and not self.grouped[-1] else _GROUPED).match(text, i)
@@ -183,13 +186,17 @@ class _Lexer:
             self.add("l", "pi")
         elif lower in ("infinity", "infty", "inf", "oo"):
             self.add("l", "oo")
+        elif len(run) > 1 and self.spaced and self.found and self.found[-1].kind in "wt" and lower not in NUMBERS:
+            self.add("w", run)  # "years old"
         elif run == "sqrt":
             self.add("c", "sqrt")
         elif run in FUNCTIONS and not (run in ("min", "sec") and self.follows_number()):
             self.add("f", FUNCTIONS[run])
         elif run in GREEK or len(run) == 1:
             self.add("l", run)
-        elif lower in SCALES or lower in EQUALS or lower in SHORT_WORDS or (lower in BARE_UNITS):
+        elif lower in SCALES or lower in EQUALS or lower in SHORT_WORDS or (
+            lower in BARE_UNITS and (self.follows_number() or lower not in _ALSO_PRODUCTS)
+        ):  # fmt: skip
             self.add("w", run)
         elif split := re.fullmatch(r"(sin|cos|tan|ln|log|sqrt|exp)([a-z]{1,2})", run):
             self.add("c" if split[1] == "sqrt" else "f", split[1])
@@ -248,6 +255,9 @@ class _Lexer:
             return self.inner_text(name, end)
         if name in _OPERATORS:
             operator = _OPERATORS[name]
+            if operator == "surd":
+                self.add("c", "sqrt")
+                return end
             if operator in "[]{}":
                 self.bracket(operator, escaped=True)
             elif operator in ("<(", ")>"):
@@ -311,11 +321,13 @@ class _Lexer:
             name in _TEXT and _TWO_NUMBERS.fullmatch(plain)
         ):  # fmt: skip
             self.nested(plain)
+        elif plain.lower() in NUMBERS or plain.lower() in SCALES or _NUMBER_IN_TEXT.fullmatch(plain):
+            self.nested(plain)
         elif plain.lower().strip(" ,") in AND:
             self.add("o", "and")
         elif plain.lower().strip(" ,") in OR:
             self.add("o", "or")
-        elif name in ("operatorname", "mathrm") and plain in FUNCTIONS:
+        elif plain in FUNCTIONS and (name in _FONT or plain not in ("min", "sec")):
             self.add("f", FUNCTIONS[plain])
         elif name in _FONT and (len(plain) == 1 or name in ("mathbf", "mathit", "mathcal", "boldsymbol", "bm")):
             self.nested(plain)
@@ -341,11 +353,11 @@ class _Lexer:
 
     def sign(self, i: int) -> int:
         text = self.text
-        for long in ("**", "<=", ">=", "!=", "==", "||", "...", "->", "=>"):
+        for long in (":=", "**", "<=", ">=", "!=", "==", "||", "...", "->", "=>"):
             if text.startswith(long, i):
                 if long in ("->", "=>"):
                     raise Unreadable(long)
-                self.add("o", {"==": "=", "...": "dots"}.get(long, long))
+                self.add("o", {":=": "=", "==": "=", "...": "dots"}.get(long, long))
                 return i + len(long)
         c = text[i]
         if c in "()[]":

@@ -53,6 +53,7 @@ _MARKDOWN = ("**", "__", "```", "`", "*")
 _PERIOD = re.compile(r"(?:(?:\s|\\[,;! ]|\\quad|\\qquad|~)*\.)+$")
 _BOX = re.compile(r"\\(?:boxed|fbox|mathbf|mathrm|mathit|mathsf|boldsymbol|bm|textbf|textit|emph|underline|tag)\s*\{")
 _QUOTES = (('"', '"'), ("``", "''"), ("'", "'"))
+_BRACED_SIGN = re.compile(r"\{([:=<>+*/-])\}")
 _TEX_DASH = re.compile(r"\\(?:text|mbox|mathrm)\{\s*([-:./,])\s*\}")
 _TRAILING_SPACE = re.compile(r"(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\\\|\\newline)+$")
 _LEADING_SPACE = re.compile(r"^(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\newline)+")
@@ -78,6 +79,8 @@ def normalize(text: str) -> str:
         text = text.replace(r"\(", " ").replace(r"\)", " ")
         if r"\[" in text or r"\]" in text:
             text = text.replace(r"\[", " ").replace(r"\]", " ")
+    if "{" in text:
+        text = _BRACED_SIGN.sub(r"\1", text)
     if "$" in text:
         text = _dollars(text)
     while True:
@@ -109,7 +112,7 @@ def _strip(text: str) -> str:
                 text = inner
     if text.endswith((".", "。")) and not text.endswith(("..", "\\.")):
         text = _PERIOD.sub("", text)
-    if text.endswith((",", ";")) and not text.endswith(("\\,", "\\;")):
+    if text.endswith((",", ";")) and not text.endswith(("\\,", "\\;", ",,", ";;")):
         text = text[:-1]
     if text.startswith("{") and text.endswith("}") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1]

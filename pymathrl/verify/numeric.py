@@ -1,6 +1,6 @@
 """Values of expressions to many digits: they tell apart what differs, and prove equal what is algebraic.
 
-Two constants built of whole numbers with + - * / and real roots that differ, differ by more than a bound that follows
+Two constants made of whole numbers with + - * / and real roots that differ, differ by more than a bound that follows
 from how they are built (Burnikel, Fleischer, Mehlhorn, Schirra 2000, "A strong and easily computable separation bound for
 arithmetic expressions involving radicals"). Agreement past that bound is a proof; agreement elsewhere is none.
 """
@@ -25,6 +25,7 @@ AGREE_DIGITS = 40
 DIGITS = 60  # of the first evaluation; a doubtful difference is computed again with MORE
 MORE = 240
 MAX_PROOF_BITS = 24_000  # of a separation bound that is worth computing
+MAX_RESIDUE_FACTORIAL = 20_000  # 20 ms
 MAX_MAGNITUDE = 200_000  # bits of an intermediate value's exponent
 
 _OF_INTEGERS = frozenset(("factorial", "factorial2", "binom", "sum", "prod", "gcd", "lcm"))
@@ -89,11 +90,13 @@ def _is_negative(node: Node) -> bool:
 def _point(
     names: list[str], rng: random.Random, attempt: int, integers: bool, positive: bool
 ) -> dict[str, Fraction]:
+    """Every third point is all negative (|x| is not x), every third all positive, others mixed."""
     if integers:
         return {name: Fraction(rng.randint(2, 9) + attempt // 8 * 6) for name in names}
-    low = 0 if positive or attempt % 2 else -4
-    span = (4, 1, 12)[attempt // 2 % 3]
-    return {name: Fraction(rng.randint(low * 997 + 1, span * 997), 997) for name in names}
+    span = (4, 1, 12)[attempt // 3 % 3]
+    size = {name: Fraction(rng.randint(1, span * 997), 997) for name in names}
+    sign = 1 if positive else (-1, 1, 0)[attempt % 3]
+    return {name: v * (sign or rng.choice((-1, 1))) for name, v in size.items()}
 
 
 def _compare_at(a: Node, b: Node, point: Mapping[str, Fraction], real: bool) -> str:
@@ -332,6 +335,11 @@ def _residue(node: Node, p: int) -> int:
             if b == 0:
                 raise TooLarge("a residue")
             return pow(b, n, p)
+        case t.Call("factorial", (t.Num(v),)) if v.denominator == 1 and 0 <= v <= MAX_RESIDUE_FACTORIAL:
+            product = 1
+            for k in range(2, int(v) + 1):
+                product = product * k % p
+            return product
     raise TooLarge("a number too large to evaluate")
 
 

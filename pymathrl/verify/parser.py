@@ -42,6 +42,7 @@ _CLOCK = re.compile(
     r"(?:[\s~]|\\[,; ])*(?:\\(?:text|mbox|mathrm)\{)?\s*([ap])\.?\s*m\.?\s*\}?",
     re.IGNORECASE,
 )
+_BASED = re.compile(r"(?=.*\d.*_|[0-9A-F]{2})([0-9A-F]+)_([0-9]{1,2}|[a-z]{3,9})")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
 _MATRICES = ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix", "bsmallmatrix")
 _CONDITIONS = ("if", "for", "when", "where")
@@ -71,8 +72,11 @@ def parse_normalized(text: str) -> Node | None:
     phrase = " ".join(_PUNCTUATION.sub(" ", unwrap_text(text)).lower().split())
     if phrase in PHRASES:
         return t.Named(PHRASES[phrase])
-    if _DATE.fullmatch(text):
-        return t.Word(text)
+    plain = "".join(unwrap_text(text).split())
+    if _DATE.fullmatch(plain):
+        return t.Word(plain)
+    if based := _BASED.fullmatch(plain):
+        return t.Based(based[1], _base(based[2]))
     if clock := _CLOCK.fullmatch(text):
         time = ":".join(str(int(part)) for part in clock.group(1, 2, 3) if part)
         return t.Quantity(t.Word(time), clock[4].lower() + "m")
@@ -139,8 +143,9 @@ class _Parser:
     # --- lists and relations ---
 
     def answer(self) -> Node:
+        self.accept("=")
         self.skip_leading()
-        found = self.items()
+        found = self.infix(self.items())
         if self.token is not _END:
             raise Unreadable(f"not expected here: {self.token.text!r}")
         return found
@@ -165,6 +170,14 @@ class _Parser:
         if self.tokens[end].kind == "o" and self.tokens[end].text in ("=", ":", "~"):
             end += 1
         self.at = end
+
+    def infix(self, left: Node) -> Node:
+        r"""{a \over b} and {n \choose k}."""
+        if self.accept("over"):
+            return t.Mul((_plain(left), t.Pow(_plain(self.items()), t.MINUS_ONE)))
+        if self.accept("choose"):
+            return t.Call("binom", (_plain(left), _plain(self.items())))
+        return left
 
     def items(self) -> Node:
         """relation ((, | ; | and | or) relation)*"""
@@ -371,6 +384,11 @@ class _Parser:
             return t.Num(Fraction(1))
         if self.token.kind == "c" and self.token.text == "frac" and len(factors) == 1 and before.kind == "n":
             part = self.power()
+            if isinstance(part, t.Quantity) and isinstance(part.value, t.Num) and 0 < part.value.value < 1 and (
+                before.text.isdigit()
+            ):  # 22\frac12^\circ
+                factors[0] = t.Num(_whole(before.text) + part.value.value)
+                return t.Quantity(t.Num(Fraction(1)), part.unit)
             if isinstance(part, t.Num) and 0 < part.value < 1 and before.text.isdigit():
                 factors[0] = t.Num(_whole(before.text) + part.value)
                 return t.Num(Fraction(1))
@@ -379,11 +397,11 @@ class _Parser:
 
     def starts_factor(self) -> bool:
         token = self.token
-        if token.kind in "nlfc":
+        if token.kind in "nlfcb":
             return not (token.kind == "f" and token.text in ("min", "sec") and self.is_time_unit())
         if token.kind != "o":
             return False
-        if token.text in ("(", "{", "lfloor", "lceil", "||"):
+        if token.text in ("(", "[", "{", "lfloor", "lceil", "||"):
             return not (token.text == "||" and self.bars)
         return token.text == "|" and not self.bars and not self.builders
 
@@ -480,12 +498,10 @@ class _Parser:
             self.at += 1
         text = text.strip(" ()")
         if isinstance(base, t.Num):
-            base_token = self.tokens[begin - 2]
-            if base_token.kind != "n":
-                raise Unreadable("a subscript")
-            return t.Based(base_token.text, str(NUMBERS.get(text.lower(), text)))
+            written = self.tokens[begin - 2]  # with its leading zeros
+            return t.Based(written.text if written.kind == "n" else str(base.value), _base(text))
         if isinstance(base, t.Word):
-            return t.Based(base.text, str(NUMBERS.get(text.lower(), text)))
+            return t.Based(base.text, _base(text))
         if isinstance(base, t.Sym):
             return t.Sym(f"{base.name}_{text}")
         if isinstance(base, t.Mul) and all(isinstance(x, t.Sym) and len(x.name) == 1 for x in base.factors):
@@ -587,7 +603,7 @@ class _Parser:
     def braced(self) -> Node:
         self.deeper()
         bars, self.bars = self.bars, 0
-        inner = self.items()
+        inner = self.infix(self.items())
         self.expect("}")
         self.bars = bars
         self.depth -= 1
@@ -664,10 +680,11 @@ class _Parser:
         if name == "binom":
             return t.Call("binom", (self.argument(), self.argument()))
         if name == "mathbb":
-            self.expect("{")
+            brace = self.accept("{")
             letter = self.token.text
             self.at += 1
-            self.expect("}")
+            if brace:
+                self.expect("}")
             if letter not in "RZNQC":
                 raise Unreadable(r"\mathbb")
             if self.has("^") and self.ahead().text in ("+", "*", "-"):
@@ -709,6 +726,9 @@ class _Parser:
                 raise Unreadable(f"the inverse of {name}")
             name, power = INVERSE[name], None
         args = self.function_arguments(name)
+        if name == "cbrt":
+            self.depth -= 1
+            return t.Root(args[0], 3) if power is None else t.Pow(t.Root(args[0], 3), power)
         if name == "log" and base is not None:
             args = (args[0], base)
         elif name == "log10":
@@ -789,6 +809,13 @@ class _Parser:
         return matrix
 
 
+def _base(text: str) -> str:
+    base = str(NUMBERS.get(text.lower(), text))
+    if not (base.isdigit() and not base.startswith("0") and 2 <= int(base) <= 62):
+        raise Unreadable("a base")
+    return base
+
+
 def _such_that(first: Node, condition: Node) -> Node:
     if isinstance(first, t.Sym):
         return condition
@@ -844,11 +871,10 @@ def _lift_units(build: type[t.Add] | type[t.Mul], parts: list[Node]) -> Node:
             raise Unreadable("units in an expression")
         values = [x.value if isinstance(x, t.Quantity) else x for x in parts]
         return t.Quantity(_lift_units(build, values), units[0])
-    if build is t.Mul and len(parts) == 2 and isinstance(parts[0], t.Matrix | t.Num) and isinstance(parts[1], t.Matrix):
-        if isinstance(parts[0], t.Num):
-            scale = parts[0]
-            return t.Matrix(tuple(tuple(t.Mul((scale, _plain(x))) for x in row) for row in parts[1].rows))
-        raise Unreadable("a product of matrices")
+    matrices = [x for x in parts if isinstance(x, t.Matrix)]
+    if build is t.Mul and len(matrices) == 1:
+        scale = [_plain(x) for x in parts if not isinstance(x, t.Matrix)]
+        return t.Matrix(tuple(tuple(t.Mul((*scale, _plain(x))) for x in row) for row in matrices[0].rows))
     for x in parts:
         _plain(x)
     return build(tuple(parts))

@@ -40,7 +40,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Verdict:
-    """equal, the reason in a few words, and the stage that decided it: limits, text, kind, exact, form, numeric,
+    """equal, the reason in a few words, and the stage that decided it: limits, text, kind, exact, numeric,
     symbolic or worker (a time-out, a death)."""
 
     equal: bool

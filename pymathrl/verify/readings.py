@@ -75,6 +75,8 @@ def names_of(node: Node) -> tuple[str, ...]:
     match node:
         case t.Sym(name) if name not in ("pi", "oo"):
             return (name,)
+        case t.Mul(items) if all(isinstance(x, t.Sym) and len(x.name) == 1 and x.name.isupper() for x in items):
+            return ("".join(x.name for x in items if isinstance(x, t.Sym)),)  # a segment: AB = 5
         case t.Group(items, "(", ")") if all(isinstance(x, t.Sym) for x in items):
             return tuple(x.name for x in items if isinstance(x, t.Sym))
     return ()
@@ -141,12 +143,26 @@ def _one_inequality(left: Node, op: str, right: Node) -> Reading:
         if op == "!=":
             pieces = rs.complement((rs.Piece(right, True, right, True),)) if not t.symbols(right) else None
             return Inequality(left, op, right) if pieces is None else rs.RealSet(pieces, names[0])
-        if op in ("<", "<="):
-            return rs.RealSet((rs.interval(rs.LOW, False, right, op == "<="),), names[0])
-        return rs.RealSet((rs.interval(right, op == ">=", rs.HIGH, False),), names[0])
-    if op in (">", ">="):
-        left, op, right = right, _FLIP[op], left
-    return Inequality(left, op, right)
+        below = op in ("<", "<=")
+        piece = rs.interval(rs.LOW, False, right, "=" in op) if below else rs.interval(right, "=" in op, rs.HIGH, False)
+        return rs.RealSet((piece,), names[0])
+    return _ascending(left, op, right)
+
+
+def _ascending(left: Node, op: str, right: Node) -> Inequality:
+    return Inequality(right, _FLIP[op], left) if op in (">", ">=") else Inequality(left, op, right)
+
+
+def as_inequality(found: rs.RealSet) -> Inequality | None:
+    """x < a with another variable on the right, which could as well be read as a > x."""
+    if found.variable is None or len(found.pieces) != 1:
+        return None
+    piece, name = found.pieces[0], t.Sym(found.variable)
+    if rs.is_infinite(piece.low) and t.symbols(piece.high):
+        return _ascending(name, "<=" if piece.high_closed else "<", piece.high)
+    if rs.is_infinite(piece.high) and t.symbols(piece.low):
+        return _ascending(name, ">=" if piece.low_closed else ">", piece.low)
+    return None
 
 
 def _items(items: t.Items) -> Reading:
@@ -159,10 +175,8 @@ def _items(items: t.Items) -> Reading:
             return Value(flat)
         if len(set(names)) == 1 or (names[0] and not any(names[1:])):
             return Value(flat, names[0])
-        if all(len(n) == 1 for n in names) and len(set(names)) == len(names):
+        if all(len(n) == 1 for n in names) and len(set(names)) == len(names) and items.how != "or":
             return Assignments(tuple(n[0] for n in names), tuple(p.node for p in values))
-        if all(names) and items.how == "or":
-            return System(tuple(parts), items.how)
         return System(tuple(parts), items.how)
     sets = [p for p in parts if isinstance(p, rs.RealSet)]
     if len(sets) == len(parts) and len({s.variable for s in sets}) == 1:
