@@ -349,19 +349,19 @@ class _Comparison:
             return self.because("values and a relation")
         node = other.node
         if other.names and len(other.names) == len(given.names) and sorted(other.names) == sorted(given.names):
-            if isinstance(node, t.Group):
-                values = dict(zip(other.names, node.items, strict=False))
-                return self.both([self.values(v, values[n]) for n, v in zip(given.names, given.values, strict=True)])
+            if isinstance(node, t.Group) and len(node.items) == len(other.names):
+                by_name = dict(zip(other.names, node.items, strict=True))
+                return self.both([self.values(v, by_name[n]) for n, v in zip(given.names, given.values, strict=True)])
             return self.because("other values")
         if other.names:
             return self.because("other variables")
         items = node.items if isinstance(node, t.Group | t.Items) else ()
         if len(items) != len(given.values):
             return self.because("another number of values")
-        values = given.values
+        pairs = list(zip(given.names, given.values, strict=True))
         if given is b:  # a gold tuple has its variables in alphabetical order
-            values = tuple(v for _, v in sorted(zip(given.names, given.values, strict=True), key=lambda x: x[0]))
-        return self.both([self.values(v, x) for v, x in zip(values, items, strict=True)])
+            pairs.sort(key=lambda pair: pair[0])
+        return self.both([self.values(v, x) for (_, v), x in zip(pairs, items, strict=True)])
 
     def systems(self, a: Reading, b: Reading) -> bool | None:
         parts = [list(r.parts) if isinstance(r, System) else [r] for r in (a, b)]

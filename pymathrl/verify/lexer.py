@@ -42,14 +42,18 @@ _SPACE = re.compile(r"(?:\s|~|\\[,;:!> ]|\\(?:quad|qquad|enspace|thinspace|medsp
 _GROUPED = re.compile(r"\d{1,3}(?:(?:,\\!|\{,\}|\{,\\!\}|\\,|\\ |\\;|\\:|~|,| )\d{3})+(?!\d)(?!\s*/)(?:\.\d+)?")
 _PROTECTED = re.compile(r"\d{1,3}(?:(?:,\\!|\{,\}|\{,\\!\})\d{3})+(?!\d)(?:\.\d+)?")
 _SEPARATOR = re.compile(r",\\!|\{,\}|\{,\\!\}|\\[,;: ]|~|,| ")
-_REPEATING = re.compile(r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d))|(\d+)\.()\((\d+)\)")
+_REPEATING = re.compile(
+    r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d))"
+    r"|(\d+)\.()\((\d+)\)"  # 0.(3)
+)
 _AFTER_POINT = re.compile(r"\d|\\(?:overline|bar|dot)")
 _NUMBER = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?|\d+")
 _ORDINAL = re.compile(r"(?:\^\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{)?\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]{2,}|'[a-z]\b)*")
-_TWO_NUMBERS = re.compile(r"[-+]?[\d./]+\s+(?:and|or)\s+[-+]?[\d./]+")
-_NUMBER_IN_TEXT = re.compile(r"[-+]?\d[\d.,]*\s+[A-Za-z][A-Za-z ]*|[A-Z](?:\s*,\s*[A-Z])+")  # "12 hours", "A, B"
+_NUMBERS_IN_TEXT = re.compile(  # "12 hours", "3 or 4", "A, B"
+    r"[-+]?\d[\d.,]*\s+[A-Za-z][A-Za-z ]*|[-+]?[\d./]+\s+(?:and|or)\s+[-+]?[\d./]+|[A-Z](?:\s*,\s*[A-Z])+"
+)
 _ALSO_PRODUCTS = frozenset(("hr", "mi", "in", "lb", "ha", "yr", "ml", "mg", "amp", "rad", "deg", "oz"))  # \pi hr^2
 _SHORT_NOUN = re.compile("[^aeiou][aeiou][^aeiou]")
 _LETTERS = re.compile(r"[A-Za-z]+")
@@ -317,11 +321,13 @@ class _Lexer:
         plain = inner.strip()
         if not plain:
             self.spaced = True
-        elif "\\" in plain or "$" in plain or "{" in plain or not any(c.isalpha() for c in plain) or (
-            name in _TEXT and _TWO_NUMBERS.fullmatch(plain)
-        ):  # fmt: skip
-            self.nested(plain)
-        elif plain.lower() in NUMBERS or plain.lower() in SCALES or _NUMBER_IN_TEXT.fullmatch(plain):
+        elif (
+            any(c in plain for c in "\\${")
+            or not any(c.isalpha() for c in plain)
+            or plain.lower() in NUMBERS
+            or plain.lower() in SCALES
+            or _NUMBERS_IN_TEXT.fullmatch(plain)
+        ):
             self.nested(plain)
         elif plain.lower().strip(" ,") in AND:
             self.add("o", "and")
@@ -329,7 +335,7 @@ class _Lexer:
             self.add("o", "or")
         elif plain in FUNCTIONS and (name in _FONT or plain not in ("min", "sec")):
             self.add("f", FUNCTIONS[plain])
-        elif name in _FONT and (len(plain) == 1 or name in ("mathbf", "mathit", "mathcal", "boldsymbol", "bm")):
+        elif name in _FONT and (len(plain) == 1 or name not in ("mathrm", "operatorname")):
             self.nested(plain)
         else:
             self.add("t", inner)

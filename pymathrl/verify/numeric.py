@@ -1,8 +1,8 @@
 """Values of expressions to many digits: they tell apart what differs, and prove equal what is algebraic.
 
 Two constants made of whole numbers with + - * / and real roots that differ, differ by more than a bound that follows
-from how they are built (Burnikel, Fleischer, Mehlhorn, Schirra 2000, "A strong and easily computable separation bound for
-arithmetic expressions involving radicals"). Agreement past that bound is a proof; agreement elsewhere is none.
+from how they are built (Burnikel, Fleischer, Mehlhorn, Schirra 2000, "A strong and easily computable separation bound
+for arithmetic expressions involving radicals"). Agreement past that bound is a proof; agreement elsewhere is none.
 """
 
 from __future__ import annotations

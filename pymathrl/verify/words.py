@@ -13,7 +13,8 @@ FUNCTIONS = {
     **{f"ar{h}": f"arc{n}" for h, n in (("sinh", "sinh"), ("cosh", "cosh"), ("tanh", "tanh"))},
     **{f"arc{n}": f"arc{n}" for n in ("sinh", "cosh", "tanh")},
     "lg": "log10", "sgn": "sgn", "sign": "sgn", "Re": "re", "Im": "im", "cosec": "csc", "arctg": "arctan", "tg": "tan",
-    "ctg": "cot", "abs": "abs", "ceiling": "ceil", "binom": "binom", "gcf": "gcd", "hcf": "gcd", "log10": "log10", "cbrt": "cbrt",
+    "ctg": "cot",
+    "abs": "abs", "ceiling": "ceil", "binom": "binom", "gcf": "gcd", "hcf": "gcd", "log10": "log10", "cbrt": "cbrt",
 }  # fmt: skip
 INVERSE = {
     "sin": "arcsin", "cos": "arccos", "tan": "arctan", "cot": "arccot", "sec": "arcsec", "csc": "arccsc",
@@ -112,7 +113,9 @@ _POWER = re.compile(r"\^?\{?(\d)\}?$")
 def unit(text: str) -> str | None:
     """The normal form of a unit: "square centimeters", "sq cm", "cm^2" -> "cm^2"; "miles per hour" -> "mi/h"; other
     nouns in lower case and singular. None where the words say more than a unit, and for the empty text."""
-    text = " ".join(text.replace("~", " ").replace("\\,", " ").replace("\\", " ").replace("{", "").replace("}", "").split()).strip(" .,;")
+    for sign, plain in (("~", " "), ("\\,", " "), ("\\", " "), ("{", ""), ("}", "")):
+        text = text.replace(sign, plain)
+    text = " ".join(text.split()).strip(" .,;")
     if not text or len(text) > 60 or any(c.isdigit() for c in re.sub(r"\^?\d$|\^?\d(?=[ /])", "", text)):
         return None
     parts = [_one_unit(part) for part in _PER.split(text) if part.strip()]
