@@ -22,13 +22,20 @@ class Prompts:
 
 def encode(policy: Policy, task: Task, problem: Problem) -> list[int]:
     """The prompt of one problem in the policy's style."""
-    return encode_prompt(policy, task.prompt(problem, policy.prompt_style))
+    return encode_prompt(policy, task.prompt(problem, policy.prompt_style), system_of(task))
 
 
-def encode_prompt(policy: Policy, text: str) -> list[int]:
-    """The ids of a prompt; under the style "chat" the template is put around it, as the user's message."""
+def system_of(task: Task) -> str:
+    """The message that a task puts before the user's; "" for most."""
+    return getattr(task, "system", "")
+
+
+def encode_prompt(policy: Policy, text: str, system: str = "") -> list[int]:
+    """The ids of a prompt; under the style "chat" the template is put around it, as the user's message, after `system`
+    if that is not empty. The other styles have no place for a system message."""
     if policy.prompt_style == "chat":
-        text = policy.tokenizer.chat([{"role": "user", "content": text}])
+        messages = [{"role": "system", "content": system}] if system else []
+        text = policy.tokenizer.chat([*messages, {"role": "user", "content": text}])
     return policy.tokenizer.encode(text)
 
 

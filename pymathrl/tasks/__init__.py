@@ -1,24 +1,47 @@
-"""Tasks: problems with a prompt and an exact grader.  One file per task; `TASKS` is the whole list."""
+"""Tasks: problems with a prompt and an exact grader.
+
+`TASKS` are generated, `datasets.DATASETS` known by name, ``rg:FAMILY`` are reasoning-gym's; any other task is a file.
+"""
 
 import inspect
 import os
 import random
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from pymathrl.errors import UserError, nearest
 from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown, countdown_file
-from pymathrl.tasks.jsonl import read_objects
-from pymathrl.tasks.problem import Grade, Problem
-from pymathrl.tasks.questions import questions_file
+from pymathrl.tasks.datasets import DATASETS
+from pymathrl.tasks.gym import gym
+from pymathrl.tasks.problem import Check, Grade, Problem
+from pymathrl.tasks.questions import data_set, data_set_names, questions_file
+from pymathrl.tasks.readers import SUFFIXES, data_files, read_file
 
-__all__ = ["OPTION_HELP", "TASKS", "Grade", "Problem", "Task", "convert_option", "load_task", "task_options"]
+__all__ = [
+    "DATASETS",
+    "OPTION_HELP",
+    "TASKS",
+    "Check",
+    "Grade",
+    "Problem",
+    "Task",
+    "convert_option",
+    "load_task",
+    "task_options",
+]
 
 
 class Task(Protocol):
-    """What the stages need of a task.  Implementations are frozen: equal arguments give equal results."""
+    """What the stages need of a task.  Implementations are frozen: equal arguments give equal results.
+
+    A task may have more. `check(problem) -> Check` and `grade_result(problem, response, result) -> Grade`: its grader
+    compares answers, so the comparison can be made elsewhere; `grade` does both. `system`: a message before the user's,
+    under the style "chat". `template`: a `templates.Template`, whose stop strings end a response. `notes`: what was
+    left out of its data, and why.
+    """
 
     @property
     def name(self) -> str: ...
@@ -67,19 +90,32 @@ OPTION_HELP = {
     "digits_min": "fewest digits of a term",
     "digits_max": "most digits of a term",
     "ops": "operations that may occur, some of +-*",
-    "answer": "tag: the answer stands in <answer>...</answer>; last: it is the last number of the response",
-    "format_score": "reward of a well-formed wrong answer; 0 pays for correctness only",
+    "answer": "where the answer stands: tag, in <answer>...</answer>; boxed; gsm8k, after ####; answer, after 'the "
+    "answer is'; choice; last, the last number (evaluation only, but for arithmetic); template, as the template says",
+    "template": "the words around a question, a name of pymathrl/tasks/templates.py; auto: the data set's own",
+    "format_score": "reward of a well-formed wrong answer (at most 0.1 but for countdown and arithmetic); 0 pays for "
+    "correctness only",
     "allow_subset": "true: numbers may be left unused",
     "compat": "exact, or rover for the text rules of the ROVER scorer",
-    "split": "hash: train on most rows and hold some out; all: every row is for evaluation, none for training",
+    "split": "hash: train on most rows and hold some out, or the data set's own test split; all: every row, or that "
+    "split, is for evaluation, none for training",
+    "data": "folder with the files of the data set, or with a folder of its name; auto: PYMATHRL_DATA, else the hub",
+    "question_field": "field of the question, may be a path such as prompt[0].content; auto: question, problem, input, "
+    "prompt",
+    "gold_field": "field of the gold answer; auto: answer, final_answer, gold, ground_truth, output",
+    "gold_form": "how the gold answer stands there: whole, marked (after ####), boxed (the last box), or guess",
+    "gold_list": "a list of gold answers: any of them is right, or all have to be given",
+    "solution_field": "field of a worked solution; auto: worked, or what stands before ####",
+    "settings": "options of the family in reasoning-gym, NAME=VALUE,NAME=VALUE",
 }
 
 _BOOLEANS = {"true": True, "false": False}
 
 
 def load_task(name: str | Path, /, **options: Any) -> Task:
-    """The task of that name, or of a JSONL file: a path that ends in .jsonl or has a directory part; the fields of its
-    first row tell the kind of task.  Options as in `task_options`; values may be text, as from a command line."""
+    """The task of that name: of `TASKS`; a data set, ``gsm8k`` or ``gsm8k:PATH``; ``rg:FAMILY``; or the path of a file
+    or a folder, which ends in one of `readers.SUFFIXES` or has a directory part, and whose first row tells the kind of
+    task.  Options as in `task_options`; values may be text, as from a command line."""
     build, arguments = _resolve(str(name))
     known = _options(build)
     for option in options:
@@ -90,7 +126,7 @@ def load_task(name: str | Path, /, **options: Any) -> Task:
 
 
 def task_options(name: str | Path) -> dict[str, Any]:
-    """Option -> default value, of a task or a JSONL file; the meaning is in the docstring of its constructor."""
+    """Option -> default value, of a task or a file; the meaning is in the docstring of its constructor."""
     build, _ = _resolve(str(name))
     return {key: parameter.default for key, parameter in _options(build).items()}
 
@@ -101,21 +137,28 @@ def convert_option(name: str | Path, option: str, value: Any) -> Any:
     return _convert(f"task {name}: {option}", _options(build)[option].annotation, value)
 
 
-def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Path, ...]]:
+def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Any, ...]]:
     """(constructor, its positional arguments); the options are its keyword-only parameters."""
     if name in TASKS:
         return TASKS[name], ()
-    if not name.endswith(".jsonl") and os.sep not in name:
-        raise UserError(f"unknown task {name!r}: {nearest(name, TASKS)}, or give the path of a .jsonl file")
-    line, first = read_objects(name, limit=1)[0]
-    if "nums" in first or "target" in first:
+    head, _, rest = name.partition(":")
+    if head in data_set_names():
+        benchmark = DATASETS[head.partition("-")[0]].benchmark
+        return (partial(data_set, split="all") if benchmark else data_set), (head, rest)
+    if head == "rg":
+        return gym, (rest,)
+    if not name.endswith(SUFFIXES) and os.sep not in name:
+        raise UserError(
+            f"unknown task {name!r}: {nearest(head, [*TASKS, *DATASETS])}, or give rg:FAMILY, or the path of a file "
+            f"({', '.join(SUFFIXES)})"
+        )
+    files = data_files(Path(name)) if Path(name).is_dir() else [Path(name)]
+    if not files:
+        raise UserError(f"{name}: expected a folder with data files ({', '.join(SUFFIXES)}), got none")
+    first = next(read_file(files[0]))
+    if ("nums" in first.values or "target" in first.values) and files == [Path(name)] and name.endswith(".jsonl"):
         return countdown_file, (Path(name),)
-    if "question" in first or "answer" in first:
-        return questions_file, (Path(name),)
-    raise UserError(
-        f"{name}, line {line}: expected an object with the fields 'question' and 'answer' (texts), or 'nums' (list of "
-        f"integers) and 'target' (integer), got the fields {', '.join(map(repr, first)) or 'none'}"
-    )
+    return questions_file, (Path(name),)
 
 
 def _options(build: Callable[..., Task]) -> dict[str, inspect.Parameter]:

@@ -7,15 +7,15 @@ import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import lru_cache
 
 from pymathrl.errors import UserError
 from pymathrl.tasks.expression import MAX_LITERALS, canonical
 from pymathrl.tasks.holdout import TEST_SEED, is_held_out
-from pymathrl.tasks.last_number import last_number
 from pymathrl.tasks.problem import Grade, Problem
 from pymathrl.tasks.prompt_style import instruct
-from pymathrl.verify.extract import last_answer
+from pymathrl.verify.extract import extract, last_answer
 
 MAX_DIGITS = 9
 MAX_ANSWER_LENGTH = 256  # characters; Python refuses to read integers of more than 4300 digits
@@ -37,6 +37,15 @@ def read_integer(text: str) -> int | None:
     thousands separators ("1,234"), decimals ("7.0") and spaces inside are not."""
     text = text.strip().translate(_NORMALIZE)
     return int(text) if len(text) <= MAX_ANSWER_LENGTH and _INTEGER.fullmatch(text) else None
+
+
+def read_number(text: str) -> int | None:
+    """The integer that a number states as `extract` finds it in a text, "-1,234.00" for instance, else None."""
+    if len(text) > MAX_ANSWER_LENGTH:
+        return None
+    top, _, bottom = text.translate(_NORMALIZE).replace(",", "").partition("/")
+    value = Fraction(top) / (Fraction(bottom or 1) or 1)
+    return int(value) if value.denominator == 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,11 +133,10 @@ class Arithmetic:
 
     def grade(self, problem: Problem, response: str) -> Grade:
         if self.answer == "last":
-            found = last_number(response)
-            if found is None:
+            number = extract(response, "last_number")
+            if number is None:
                 return Grade(0.0, False, None, None, "no number")
-            answer, number = found
-            value = int(number) if number.denominator == 1 else None
+            answer, value = number, read_number(number)
         else:
             tagged = last_answer(response)
             if tagged is None:

@@ -2,7 +2,9 @@
 
 import json
 import random
+from collections.abc import Iterator
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -12,20 +14,22 @@ from pymathrl.errors import UserError
 def read_objects(path: str | Path, limit: int | None = None) -> list[tuple[int, dict[str, Any]]]:
     """(line number from 1, object) of the lines that are not blank, of the first `limit` of them if given; never empty.
     UTF-8, with or without a byte order mark."""
+    rows = [(number, decode_object(path, number, line)) for number, line in islice(read_lines(path), limit)]
+    if not rows:
+        raise UserError(f"{path}: expected one JSON object per line, got an empty file")
+    return rows
+
+
+def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """(line number from 1, bytes) of the lines that are not blank."""
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot read the file ({error.strerror}); give the path of a JSONL file") from None
-    rows = []
     # Split bytes at \n only: str.splitlines would also split at U+2028 inside a JSON string.
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
         if line.strip():
-            rows.append((number, _read_object(path, number, line)))
-            if len(rows) == limit:
-                break
-    if not rows:
-        raise UserError(f"{path}: expected one JSON object per line, got an empty file")
-    return rows
+            yield number, line
 
 
 @lru_cache(maxsize=4)
@@ -39,7 +43,7 @@ def shuffled(count: int, seed: int, epoch: int) -> list[int]:
 def fail(path: str | Path, line: int, item: dict[str, Any], field: str, expected: str) -> NoReturn:
     """The error for one bad or missing field of a row."""
     if field in item:
-        got = _shorten(json.dumps(item[field]))
+        got = shorten(json.dumps(item[field]))
     else:
         got = f"no such field among {', '.join(map(repr, item)) or 'none'}"
     raise UserError(f"{path}, line {line}: field '{field}' must be {expected}, got {got}")
@@ -53,7 +57,8 @@ def read_hint(path: str | Path, line: int, item: dict[str, Any]) -> str:
     return hint.strip()
 
 
-def _read_object(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+def decode_object(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
+    """The object that a line holds."""
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -64,7 +69,7 @@ def _read_object(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {number}: expected a JSON object, got {_shorten(ascii(text.strip()))} "
+            f"{path}, line {number}: expected a JSON object, got {shorten(ascii(text.strip()))} "
             f"({error.msg} at column {error.colno})"
         ) from None
     except (ValueError, RecursionError):  # an integer of more than 4300 digits; brackets nested thousands deep
@@ -72,9 +77,9 @@ def _read_object(path: str | Path, number: int, line: bytes) -> dict[str, Any]:
             f"{path}, line {number}: expected a JSON object, got a number or a nesting too large to read"
         ) from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}, line {number}: expected a JSON object, got {_shorten(json.dumps(value))}")
+        raise UserError(f"{path}, line {number}: expected a JSON object, got {shorten(json.dumps(value))}")
     return value
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from pymathrl.verify.policy import Policy
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -38,3 +40,13 @@ class Grade:
     answer: str | None
     canonical: str | None
     reason: str
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a grader by equality of answers compares: any of the gold answers, against the answer that a response states
+    in `mode` (see `verify.extract`), under the policy `cfg`."""
+
+    golds: tuple[str, ...]
+    mode: str
+    cfg: Policy

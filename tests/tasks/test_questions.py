@@ -9,6 +9,7 @@ import pytest
 from pymathrl.errors import UserError
 from pymathrl.tasks import load_task, task_options
 from pymathrl.tasks.holdout import is_held_out
+from pymathrl.verify import verify
 
 
 def write(path: Path, rows: list) -> Path:
@@ -72,17 +73,26 @@ def test_grades(file, answer, response, reward, correct):
 
 
 def test_options_and_defects(file, tmp_path):
-    assert set(task_options(file)) == {"answer", "format_score", "split"}
+    assert set(task_options(file)) == {
+        "answer", "template", "format_score", "split", "question_field", "gold_field", "gold_form", "gold_list",
+        "solution_field",
+    }  # fmt: skip
     for options, message in (
-        ({"answer": "box"}, "answer in tag, last"),
-        ({"format_score": 1.0}, "format_score must be"),
+        ({"answer": "box"}, "answer in template, tag, boxed, gsm8k, answer, choice, last, auto"),
+        ({"format_score": 0.2}, "format_score must be in \\[0, 0.1\\]"),
+        ({"template": "verl"}, "unknown template 'verl': did you mean 'verl_"),
+        ({"gold_form": "x"}, "gold_form in guess, whole, marked, boxed"),
+        ({"question_field": "q"}, "line 1: field 'q' must be a text"),
     ):
         with pytest.raises(UserError, match=message):
             load_task(file, **options)
     for row, message in (
-        ({"question": "a"}, "line 1: field 'answer' must be a text"),
+        ({"question": "a"}, "line 1: field 'answer' must be an answer"),
         ({"question": "", "answer": "1"}, "field 'question' must be a text that is not empty"),
-        ({"question": "a", "answer": "x/2"}, "field 'answer' must be a number, alone or after '####'"),
+        ({"question": "a", "answer": "  "}, "field 'answer' must be an answer: .* alone or after '####'"),
+        ({"question": "a", "answer": True}, "field 'answer' must be an answer"),
+        ({"question": "a", "answer": ["1", ""]}, "field 'answer' must be an answer"),
+        ({"problem": "a", "solution": "1"}, "field 'answer' .* got no such field among 'problem', 'solution'"),
     ):
         with pytest.raises(UserError, match=message):
             load_task(write(tmp_path / "bad.jsonl", [row]))
@@ -96,13 +106,14 @@ def test_options(tmp_path):
     chat = task.prompt(one, "chat")
     assert "Which is prime?\nA. 4\nB. 7\nC. 9\n" in chat and "letter" in chat
     for answer, reward in (("B", 1.0), ("(B)", 1.0), ("B. 7", 1.0), ("7", 1.0), ("A", 0.1), ("9", 0.1), ("D", 0.0),
-                           ("b", 0.0), ("BC", 0.0), ("", 0.0), ("77", 0.0)):  # fmt: skip
+                           ("b", 1.0), ("b) 7", 1.0), ("\\textbf{(B)}", 1.0), ("BC", 0.0), ("", 0.0), ("77", 0.0),
+                           ("a cat", 0.0), ("7.0", 1.0)):  # fmt: skip
         grade = task.grade(one, f"B<answer>{answer}</answer>")
         assert grade.reward == reward and grade.correct == (reward == 1.0), answer
     assert task.grade(one, "B").reward == 0.0
     assert task.grade(one, "<answer>B</answer>").canonical == "7"
     words = {"question": "Sky?", "answer": "blue", "options": ["blue", "red"]}  # no number needed
-    assert load_task(write(tmp_path / "words.jsonl", [words]), split="all").test()[0].meta["value"] is None
+    assert load_task(write(tmp_path / "words.jsonl", [words]), split="all").test()[0].answer == "blue"
     for change, message in (
         ({"options": ["4"]}, "field 'options' must be a list of 2 to 26 different texts"),
         ({"options": ["4", "7", "7"]}, "field 'options' must be a list of 2 to 26 different texts"),
@@ -131,3 +142,54 @@ def test_other_wordings_mean_the_same(tmp_path):
         assert (
             task.grade(shuffled, "<answer>A</answer>").correct and not task.grade(choice, "<answer>A</answer>").correct
         )
+
+
+def test_fields_by_name_and_by_path(tmp_path):
+    rows = [{"extra": {"ask": ["x", {"text": "1+1?"}]}, "gold": ["2", "two"], "why": "Count.", "level": 3}]
+    task = load_task(
+        write(tmp_path / "a.jsonl", rows), split="all", question_field="extra.ask[1].text", gold_field="gold",
+        solution_field="why",
+    )  # fmt: skip
+    one = task.test()[0]
+    assert (one.question, one.answer, one.meta["golds"]) == ("1+1?", "2", ("2", "two"))
+    assert one.meta["worked"] == "Count." and one.meta["fields"] == {"level": 3}
+    assert task.check(one).golds == ("2", "two") and task.check(one).mode == "tag"
+    assert task.grade(one, "<answer>two</answer>").correct
+    both = load_task(
+        tmp_path / "a.jsonl", split="all", question_field="extra.ask[1].text", gold_field="gold", gold_list="all"
+    )
+    assert both.test()[0].answer == "2, two"
+
+
+def test_a_template_says_how_to_ask_and_where_the_answer_is(file):
+    task = load_task(file, split="all", template="verl_gsm8k")
+    one = task.test()[4]
+    assert task.prompt(one, "chat").startswith("What is 5 + 5? Let's think step by step") and task.system == ""
+    assert task.grade(one, "5+5=10\n#### 10").correct and not task.grade(one, "<answer>10</answer>").correct
+    boxed = load_task(file, split="all", template="qwen_boxed_sys")
+    assert boxed.prompt(one, "chat") == "What is 5 + 5?" and "\\boxed{}" in boxed.system
+    assert boxed.grade(one, "It is \\boxed{10.0}").correct
+    assert load_task(file, split="all", answer="boxed").check(one).mode == "boxed"
+    mixed = load_task(file, split="all", template="verl_gsm8k", answer="last")  # the flexible score of GSM8K
+    assert mixed.prompt(one, "chat") == task.prompt(one, "chat") and mixed.grade(one, "so it is 10").correct
+    for answer in ("tag", "boxed", "gsm8k", "answer", "auto", "last"):
+        own = load_task(file, split="all", answer=answer)
+        assert own.grade(one, own.solution(one, random.Random(0))).correct, answer
+
+
+def test_the_last_number_is_no_reward(file):
+    task = load_task(file, answer="last")
+    assert task.test()
+    with pytest.raises(UserError, match="in evaluations only: as a reward it would pay for any stray number"):
+        task.train(0, 0)
+
+
+def test_a_comparison_made_elsewhere_gives_the_same_grade(file):
+    task = load_task(file, split="all", format_score=0.1)
+    one = task.test()[9]
+    check = task.check(one)
+    for response in ("<answer>20</answer>", "<answer>21</answer>", "<answer>none</answer>", "20"):
+        result = verify(response, check.golds, check.mode, check.cfg)
+        assert task.grade_result(one, response, result) == task.grade(one, response)
+    right, same = task.grade(one, "<answer>20.0</answer>"), task.grade(one, "<answer>\\frac{40}{2}</answer>")
+    assert right.canonical == same.canonical == "20"

@@ -1,7 +1,7 @@
 import pytest
 
 from pymathrl.errors import UserError
-from pymathrl.tasks import OPTION_HELP, TASKS, load_task, task_options
+from pymathrl.tasks import DATASETS, OPTION_HELP, TASKS, load_task, task_options
 from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown
 
@@ -27,7 +27,11 @@ def test_options_may_be_text():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("cuntdown", {}, "unknown task 'cuntdown': did you mean 'countdown'? (valid: arithmetic, countdown)"),
+        (
+            "cuntdown",
+            {},
+            "unknown task 'cuntdown': did you mean 'countdown'? (valid: aime24, aime25, amc23, arithmetic, ",
+        ),
         ("", {}, "unknown task ''"),
         ("countdown", {"nmn": 3}, "unknown option 'nmn': did you mean 'nmin'?"),
         ("arithmetic", {"nmin": 3}, "unknown option 'nmin': did you mean"),
@@ -58,15 +62,26 @@ def test_files(tmp_path):
         load_task(path, nmin=3)
     path.write_text('{"question": "1+2", "answer": "3"}\n')
     assert [p.answer for p in load_task(path, split="all").test()] == ["3"]
-    path.write_text('{"problem": "1+2", "solution": "3"}\n')
-    with pytest.raises(UserError) as error:
-        load_task(path)
-    assert "line 1: expected an object with the fields 'question' and 'answer'" in str(error.value)
-    assert "got the fields 'problem', 'solution'" in str(error.value)
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.csv").write_text('question,answer\n"1,5 and 2?",7\n3?,3\n')
+    (tmp_path / "set" / "test.json").write_text(
+        '{"data": [{"question": "3?", "answer": 3.0}, {"problem": "4?", "answer": 4}]}'
+    )
+    folder = load_task(tmp_path / "set")  # the folder says what is held out, and its test questions are not trained on
+    assert [p.answer for p in folder.test()] == ["3", "4"] and {folder.train(i, 0).question for i in range(4)} == {
+        "1,5 and 2?"
+    }
+    assert folder.notes == (f"{tmp_path / 'set'}: 1 train rows whose question is in the test split left out",)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"expected a folder with data files .* got none"):
+        load_task(tmp_path / "empty")
 
 
 def test_every_option_has_its_help(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"nums": [1, 2], "target": 3}\n')
-    names = {option for task in (*TASKS, file) for option in task_options(task)}
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text('{"question": "1+2", "answer": "3"}\n')
+    kinds = (*TASKS, file, questions, *DATASETS, "rg:gcd")
+    names = {option for task in kinds for option in task_options(task)}
     assert names == OPTION_HELP.keys()
