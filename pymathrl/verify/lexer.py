@@ -46,7 +46,7 @@ _REPEATING = re.compile(
     r"(\d*)\.(\d*)\s*\\(?:overline|bar|dot|overbar)\s*(?:\{(\d+)\}|(\d))"
     r"|(\d+)\.()\((\d+)\)"  # 0.(3)
 )
-_AFTER_POINT = re.compile(r"\d|\\(?:overline|bar|dot)")
+_AFTER_POINT = re.compile(r"\d|\\(?:overline|bar|dot|overbar)\s*(?:\{\d+\}|\d)")
 _NUMBER = re.compile(r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?|\d+")
 _ORDINAL = re.compile(r"(?:\^\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{)?\s*)?(?:st|nd|rd|th)\b\s*\}{0,2}")
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
@@ -76,7 +76,8 @@ _OPERATORS = {
     "rbrace": "}", "lbrack": "[", "rbrack": "]", "langle": "<(", "rangle": ")>", "lvert": "|", "rvert": "|",
     "vert": "|", "mid": "mid", "colon": ":", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil",
     "rceil": "rceil", "land": "and", "wedge": "and", "lor": "or", "vee": "or", "circ": "circ", "degree": "circ",
-    "lVert": "||", "rVert": "||", "Vert": "||", "parallel": "||", "surd": "surd", "prime": "'", "to": "to", "mod": "mod", "over": "over",
+    "lVert": "||", "rVert": "||", "Vert": "||", "parallel": "||", "surd": "surd", "prime": "'",
+    "to": "to", "mod": "mod", "over": "over",
     "pmod": "mod", "bmod": "mod", "slash": "/", "choose": "choose",
 }  # fmt: skip
 _COMMANDS = frozenset(
