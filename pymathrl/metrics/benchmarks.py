@@ -19,15 +19,17 @@ class Variants(NamedTuple):
 
 
 def over_variants(correct: Sequence[ArrayLike]) -> Variants:
-    """correct: for each seed question the verdicts (or the chances, 0..1) on its variants, not all equally many.
+    """correct: for each seed question the verdicts (or chances, 0..1) on its variants [v], or on n samples of each
+    [v, n]; v may differ.
 
-    average: mean over all variants of all seeds; worst: mean over the seeds of the worst variant.
+    average: mean over the seeds of the mean over their variants; worst: mean over the seeds of the worst variant, in
+    each of the n runs by itself.
     """
     rows = [np.asarray(row, dtype=np.float64) for row in correct]
-    if not rows or any(row.ndim != 1 or row.size == 0 for row in rows):
+    if not rows or any(row.ndim not in (1, 2) or row.size == 0 for row in rows):
         raise ValueError("over_variants: needs at least one seed question, each with one variant or more")
-    average = float(np.concatenate(rows).mean())
-    worst = float(np.mean([row.min() for row in rows]))
+    average = float(np.mean([row.mean() for row in rows]))
+    worst = float(np.mean([row.min(axis=0).mean() for row in rows]))
     return Variants(average, worst, worst / average if average else math.nan)
 
 

@@ -24,7 +24,9 @@ from pymathrl.metrics import (
 
 def test_worst_case_over_variants():
     assert over_variants([[1, 1, 1, 1], [1, 0, 1, 1], [0, 0, 0, 0], [1, 1, 0, 1]]) == pytest.approx((0.625, 0.25, 0.4))
-    assert over_variants([[1, 1], [0.5]]) == pytest.approx((2.5 / 3, 0.75, 0.9)), "of seeds with unequal variants"
+    assert over_variants([[1, 0, 1], [1]]) == pytest.approx((5 / 6, 0.5, 0.6)), "of seeds with unequal variants"
+    # two runs: the first fails on the second variant, the second on the first; each by itself has a worst of 0
+    assert over_variants([[[1, 0], [0, 1]]]) == (0.5, 0.0, 0.0)
     assert math.isnan(over_variants([[0, 0]]).robustness)
     with pytest.raises(ValueError, match="over_variants"):
         over_variants([[1], []])
