@@ -75,12 +75,12 @@ def parse_normalized(text: str) -> Node | None:
     plain = "".join(unwrap_text(text).split())
     if _DATE.fullmatch(plain):
         return t.Word(plain)
-    if based := _BASED.fullmatch(plain):
-        return t.Based(based[1], _base(based[2]))
     if clock := _CLOCK.fullmatch(text):
         time = ":".join(str(int(part)) for part in clock.group(1, 2, 3) if part)
         return t.Quantity(t.Word(time), clock[4].lower() + "m")
     try:
+        if based := _BASED.fullmatch(plain):
+            return t.Based(based[1], _base(based[2]))
         return _Parser(tokens(text)).answer()
     except Unreadable:
         return t.Word(text)
