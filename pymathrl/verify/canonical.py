@@ -81,7 +81,10 @@ class Former:
                 if kind == "minus one":
                     if exponent != Fraction(1, 2):
                         return False
-                elif kind not in ("variable", "prime", "constant"):
+                elif kind == "prime":
+                    if self.keys[atom][1] > _TRIAL**2:
+                        return False
+                elif kind not in ("variable", "constant"):
                     return False
         return True
 
@@ -554,7 +557,7 @@ def substitute(node: Node, name: Node, value: Node) -> Node:
 
 @lru_cache(maxsize=4096)
 def _factor(n: int) -> tuple[tuple[int, int], ...]:
-    """(prime, exponent) by trial division; what is left past `_TRIAL` stays one factor."""
+    """(prime, exponent) by trial division; what is left past `_TRIAL` stays one factor, of which `is_exact` knows."""
     found = []
     for p in (2, 3, 5):
         k = 0

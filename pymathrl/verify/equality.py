@@ -600,7 +600,8 @@ class _Comparison:
         self.used("symbolic")
         if symbolic.proves_equal(a, b):
             return True
-        if seen == numeric.AGREE and not (numeric.has_integer_parameter(a) or numeric.has_integer_parameter(b)):
+        doubtful = any(numeric.has_integer_parameter(x) or numeric.has_pieces(x) for x in (a, b))
+        if seen == numeric.AGREE and not doubtful:
             self.reason = f"agree to {numeric.AGREE_DIGITS} digits at {numeric.POINTS} points"
             return True
         return self.because("no proof")
