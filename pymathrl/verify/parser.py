@@ -357,7 +357,7 @@ class _Parser:
                 factors.append(t.Num(Fraction(SCALES[self.token.text.lower()])))
                 self.at += 1
             elif self.starts_factor():
-                factors.append(self.next_factor(factors))
+                factors += self.next_factor(factors)
             else:
                 break
         if len(factors) == 1:
@@ -369,8 +369,8 @@ class _Parser:
             return t.Num(factors[0].value / factors[1].base.value)
         return _lift_units(t.Mul, factors)
 
-    def next_factor(self, factors: list[Node]) -> Node:
-        """A factor without a sign before it. A whole number before a proper fraction of numbers is a mixed number."""
+    def next_factor(self, factors: list[Node]) -> list[Node]:
+        """A factor without a sign before it. A whole number before a proper fraction of numbers becomes a mixed number."""
         before = self.tokens[self.at - 1]
         if self.token.kind == "n" and before.kind == "n":
             mixed = len(factors) == 1 and self.token.spaced and self.ahead().text == "/" and self.ahead(2).kind == "n"
@@ -381,19 +381,19 @@ class _Parser:
                 raise Unreadable("a mixed number")
             self.at += 3
             factors[0] = t.Num(_whole(before.text) + Fraction(int(numerator), int(denominator)))
-            return t.Num(Fraction(1))
+            return []
         if self.token.kind == "c" and self.token.text == "frac" and len(factors) == 1 and before.kind == "n":
             part = self.power()
             if isinstance(part, t.Quantity) and isinstance(part.value, t.Num) and 0 < part.value.value < 1 and (
                 before.text.isdigit()
             ):  # 22\frac12^\circ
-                factors[0] = t.Num(_whole(before.text) + part.value.value)
-                return t.Quantity(t.Num(Fraction(1)), part.unit)
+                factors[0] = t.Quantity(t.Num(_whole(before.text) + part.value.value), part.unit)
+                return []
             if isinstance(part, t.Num) and 0 < part.value < 1 and before.text.isdigit():
                 factors[0] = t.Num(_whole(before.text) + part.value)
-                return t.Num(Fraction(1))
-            return part
-        return self.power()
+                return []
+            return [part]
+        return [self.power()]
 
     def starts_factor(self) -> bool:
         token = self.token
