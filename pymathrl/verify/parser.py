@@ -370,7 +370,7 @@ class _Parser:
         return _lift_units(t.Mul, factors)
 
     def next_factor(self, factors: list[Node]) -> list[Node]:
-        """A factor without a sign before it. A whole number before a proper fraction of numbers becomes a mixed number."""
+        """A factor without a sign before it. A whole number before a proper fraction becomes a mixed number."""
         before = self.tokens[self.at - 1]
         if self.token.kind == "n" and before.kind == "n":
             mixed = len(factors) == 1 and self.token.spaced and self.ahead().text == "/" and self.ahead(2).kind == "n"
