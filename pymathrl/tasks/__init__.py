@@ -15,7 +15,7 @@ from pymathrl.errors import UserError, nearest
 from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown, countdown_file
 from pymathrl.tasks.datasets import DATASETS
-from pymathrl.tasks.gym import gym
+from pymathrl.tasks.gym import gym_task
 from pymathrl.tasks.problem import Check, Grade, Problem
 from pymathrl.tasks.questions import data_set, data_set_names, questions_file
 from pymathrl.tasks.readers import SUFFIXES, data_files, read_file
@@ -146,7 +146,7 @@ def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Any, ...]]:
         benchmark = DATASETS[head.partition("-")[0]].benchmark
         return (partial(data_set, split="all") if benchmark else data_set), (head, rest)
     if head == "rg":
-        return gym, (rest,)
+        return gym_task, (rest,)
     if not name.endswith(SUFFIXES) and os.sep not in name:
         raise UserError(
             f"unknown task {name!r}: {nearest(head, [*TASKS, *DATASETS])}, or give rg:FAMILY, or the path of a file "
