@@ -1,5 +1,6 @@
 """The instruction prompts shared by the tasks whose answer stands in an ``<answer>`` tag."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pymathrl.errors import UserError, nearest
@@ -29,4 +30,6 @@ def noted(task: "Task", problem: "Problem", style: str, note: str) -> str:
     it: the built-in model takes up a thought that it finds begun, and is lost where a line stands elsewhere."""
     if style == "compact":
         return task.prompt(problem, style) + note
+    if hasattr(task, "template"):
+        return task.prompt(replace(problem, question=f"{problem.question}\n{note}"), style)
     return instruct(f"{task.prompt(problem, 'chat')}\n{note}", style)

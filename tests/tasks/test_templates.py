@@ -1,6 +1,7 @@
 """The prompt templates: every one asks, its examples are right, and a system message reaches a chat model."""
 
 import re
+import subprocess
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from pymathrl.errors import UserError
 from pymathrl.prompt import encode
 from pymathrl.tasks import load_task
+from pymathrl.tasks.prompt_style import noted
 from pymathrl.tasks.templates import GSM8K_SHOTS, MINERVA_SHOTS, TEMPLATES, find_template
 from pymathrl.verify import equal, extract
 from tests.tiny import tiny_policy
@@ -71,8 +73,15 @@ def test_a_system_message_reaches_the_chat_template(tmp_path, monkeypatch):
     assert [m["role"] for m in seen[-1]] == ["user"]
 
 
-def test_tasks_need_no_torch():
-    import subprocess
+def test_a_hint_stands_below_the_question(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"question": "1+1?", "answer": "2"}\n')
+    task = load_task(file, split="all", template="lm_gsm8k_5shot")
+    one = task.test()[0]
+    assert noted(task, one, "plain", "Hint: two.").endswith("Question: 1+1?\nHint: two.\nAnswer:")
+    assert noted(task, one, "compact", "1+1=2,") == "1+1?\n<think>1+1=2,"
 
+
+def test_tasks_need_no_torch():
     code = "import sys, pymathrl.tasks; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
