@@ -138,6 +138,14 @@ def test_the_watch_sees_what_it_should():
     assert "open" in events and "exec" in events
 
 
+def test_reflexive_on_random_texts(texts):
+    """A text equals itself unless it is empty, beyond the limits, or has no value."""
+    verdicts = [(text, decide(text, text, symbolic=False)) for text in texts]
+    unequal = [(text, v) for text, v in verdicts if v is None or not v.equal]
+    assert not [(t, v) for t, v in unequal if v is None or (v.stage != "limits" and v.reason != "undefined")]
+    assert len(unequal) < 0.1 * COUNT
+
+
 def test_symmetric_on_random_texts(texts):
     """Neighbours and, so that there are equal pairs, every text with itself written a little differently."""
     plain = [t for t in texts if not any(mark in t for mark in "%$=<>") and "\\" not in t]
