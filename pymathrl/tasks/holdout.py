@@ -2,8 +2,9 @@
 
 One rule for every task: a problem is held out if the hash of its key says so.  Membership depends on nothing else (no
 seed, no option, no file, no order), so a model made from one training source and tested with another, or with other
-ranges, has still never been trained on a problem of the test set. The exception is a file
-read with split="all": then every row is for evaluation, whether a model was trained on it or not.
+ranges, has still never been trained on a problem of the test set. There are two exceptions. A file read with
+split="all": then every row is for evaluation, whether a model was trained on it or not. And data with a test split of
+its own: that is held out, and every other row is trained on.
 """
 
 import hashlib
