@@ -297,7 +297,7 @@ class Progress:
         if self._stream.isatty():
             width = shutil.get_terminal_size().columns
             print(f"\r\x1b[K{self._text()[: width - 1]}", end="", file=self._stream, flush=True)
-        elif time.monotonic() - self._shown >= LINE_S:
+        elif time.monotonic() - self._shown >= LINE_S and self._responses < self._problems * self._samples:
             self._shown = time.monotonic()
             print(self._text(), file=self._stream, flush=True)
 

@@ -102,9 +102,11 @@ class Summary:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """All numbers under flat names; standard errors as NAME_se."""
+        """All numbers under flat names; standard errors as NAME_se. diversity is 0.0 where no problem is solved, as
+        in the evaluations of a training run."""
         errors = {f"{name}_se": s.se for name, s in self.scores.items() if not math.isnan(s.se)}
-        return {name: s.value for name, s in self.scores.items()} | errors | self.plain
+        values = {name: s.value for name, s in self.scores.items()}
+        return values | ({} if self.correct.any() else {"diversity": 0.0}) | errors | self.plain
 
     def record(self) -> dict[str, Any]:
         """Plain data for summary.json."""
@@ -149,8 +151,8 @@ def summarize(
         return [(float(x), s.value, s.low, s.high) for x, s in known]
 
     curves = {
-        "pass@k": curve("pass@", curve_ks), "maj@k": curve("maj@", curve_ks), "within": curve("within/", budgets),
-        "stated": curve("stated/", budgets),
+        "pass@k": curve("pass@", curve_ks), "maj@k": curve("pass@", [1]) + curve("maj@", curve_ks),  # 1: a vote of one
+        "within": curve("within/", budgets), "stated": curve("stated/", budgets),
     }  # fmt: skip
     asked = {1, *ks}
     for k in curve_ks:

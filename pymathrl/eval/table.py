@@ -82,6 +82,8 @@ was cut off counts as wrong and has no vote. Flexible: where no answer is found,
 maj@k: votes among k samples, {ties}. Distances between responses are those of hashed n-grams (4096 dimensions): compare
 them with each other only. Entropy is of the distribution that was drawn from, temperature and filters included."""
 
+PAIRED = r"(flexible/)?pass@|maj@|completions/mean_length"  # what of the comparisons is shown on the terminal
+
 TIES_NOTE = {
     "expected": "ties shared equally",
     "first": "of a tie the answer that came first",
@@ -161,7 +163,7 @@ def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str],
     tasks = short_names([c.task for c in comparisons])
     for c in comparisons:
         first = [tasks[c.task], f"{names[c.model]} - {names[c.base]}"]
-        for name, row, label in _shown(c.differences, main):
+        for name, row, label in _shown((n for n in c.differences if not main or re.match(PAIRED, n)), main):
             score = c.differences[name]
             rows.append([*first, label, show_score(score, row.unit, "+"), show_number(score.se, row.unit)])
             first = ["", ""]
@@ -169,8 +171,9 @@ def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str],
             rows.append([*first, "McNemar's exact p", f"{c.mcnemar:.4f}", "-"])
             first = ["", ""]
         for label, value in c.frontier._asdict().items():
-            rows.append([*first, label.replace("_", " "), show_number(value, "%"), "-"])
-            first = ["", ""]
+            if not main or label in ("expansion", "shrinkage"):
+                rows.append([*first, label.replace("_", " "), show_number(value, "%"), "-"])
+                first = ["", ""]
     return rows
 
 
