@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,8 @@ from pymathrl.prompt import Prompts
 from pymathrl.rollout import Draws, Engine
 from pymathrl.sft.accept import Rules, Trace, choose
 from pymathrl.sft.retro import Attempt, Retro, revise
-from pymathrl.tasks import Problem, Task
-from pymathrl.verify.stage import verify
+from pymathrl.tasks import Task
+from pymathrl.verify.stage import grade, verify
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,15 @@ def collect(
     cut = (rollout.stop == STOP_LENGTH).tolist()
     responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
     texts = [hint + text for text in policy.tokenizer.decode_batch(responses)]
+    grades, _ = grade([p for p in problems for _ in range(draws.samples)], texts, task)
     kept: list[Attempt] = []
     reasons: Counter[str] = Counter()
     right = solved = 0
     for i, problem in enumerate(problems):
         first = i * draws.samples
-        traces = _traces(task, problem, range(first, first + draws.samples), texts, responses, cut)
+        traces = [
+            Trace(texts[r], responses[r], grades[r].correct, not cut[r]) for r in range(first, first + draws.samples)
+        ]
         chosen, left_out = choose(traces, rules, greedy[i])
         reasons += left_out
         right += sum(t.correct for t in traces)
@@ -80,11 +82,3 @@ def collect(
         for a in kept
     ]  # fmt: skip
     return Collected(rows, metrics | {f"left_out/{why}": n for why, n in sorted(reasons.items())})
-
-
-def _traces(
-    task: Task, problem: Problem, rows: range, texts: Sequence[str], ids: Sequence[tuple[int, ...]], cut: Sequence[bool]
-) -> list[Trace]:
-    """The graded responses of one problem; equal texts are graded once."""
-    correct = {text: task.grade(problem, text).correct for text in {texts[r] for r in rows}}
-    return [Trace(texts[r], ids[r], correct[texts[r]], not cut[r]) for r in rows]

@@ -84,21 +84,26 @@ def verify(rollout: Rollout, problems: Sequence[Problem], task: Task, tokenizer:
     texts = tokenizer.decode_batch(
         [ids[begin + n : end] for begin, end, n in zip(offsets, offsets[1:], prompt_len, strict=False)]
     )
-    keys = list(zip(groups, texts, strict=True))
-    different = dict.fromkeys(keys)
-    tally = Tally()
-    comparing = _comparing(task)
-    if comparing is not None:
-        asked = {key: _submit(comparing, problems[key[0]], key[1]) for key in different}
-        results = {key: future.result() for key, future in asked.items()}
-        graded = {key: comparing.grade_result(problems[key[0]], key[1], result) for key, result in results.items()}
-        tally = Tally(tuple(results[key] for key in keys), tuple(shared_pool().take_latencies()))
-    else:
-        graded = {key: task.grade(problems[key[0]], key[1]) for key in different}
-    grades, texts = [graded[keys[i]] for i in rows.tolist()], [texts[i] for i in rows.tolist()]
+    graded, tally = grade([problems[g] for g in groups], texts, task)
+    grades, texts = [graded[i] for i in rows.tolist()], [texts[i] for i in rows.tolist()]
     reward = torch.tensor([g.reward for g in grades], dtype=torch.float32, device=rollout.device)
     correct = torch.tensor([g.correct for g in grades], dtype=torch.bool, device=rollout.device)
     return Verdicts(reward, correct, grades, texts, tally)
+
+
+def grade(problems: Sequence[Problem], texts: Sequence[str], task: Task) -> tuple[list[Grade], Tally]:
+    """The grade of each text as a response to its problem. Equal texts of one problem are graded once."""
+    keys = [(id(problem), text) for problem, text in zip(problems, texts, strict=True)]
+    asked = {key: (problem, key[1]) for key, problem in zip(keys, problems, strict=True)}
+    comparing = _comparing(task)
+    if comparing is None:
+        graded = {key: task.grade(*pair) for key, pair in asked.items()}
+        return [graded[key] for key in keys], Tally()
+    futures = {key: _submit(comparing, *pair) for key, pair in asked.items()}
+    results = {key: future.result() for key, future in futures.items()}
+    graded = {key: comparing.grade_result(*pair, results[key]) for key, pair in asked.items()}
+    tally = Tally(tuple(results[key] for key in keys), tuple(shared_pool().take_latencies()))
+    return [graded[key] for key in keys], tally
 
 
 def ahead(

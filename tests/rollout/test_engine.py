@@ -208,6 +208,28 @@ def test_progress(policy: Policy) -> None:
     assert all(a <= b for x, y in pairwise(seen) for a, b in zip(x, y, strict=True))
 
 
+def test_responses_are_told_when_they_end_while_others_go_on(policy: Policy) -> None:
+    told: dict[int, list[int]] = {}
+    drawn: list[int] = []  # responses that had been told after each call
+
+    def on_finished(rows: list[int], ids: list[list[int]]) -> None:
+        assert rows and not told.keys() & set(rows)
+        told.update(zip(rows, ids, strict=True))
+        drawn.append(len(told))
+
+    rollout = run(policy, max_batch=4, on_finished=on_finished)
+    assert told == {row: rollout.response(row).tolist() for row in range(rollout.rows)}
+    assert len(drawn) > 2  # not all at the end
+    assert_same_rollout(rollout, run(policy, max_batch=4))
+
+
+def test_an_error_of_who_is_told_ends_the_generation_and_frees_its_pages(policy: Policy) -> None:
+    engine = Engine(policy, SEED)
+    with pytest.raises(ZeroDivisionError):
+        engine.generate(PROMPTS, N, MAX_NEW, on_finished=lambda rows, ids: 1 // 0)
+    assert_no_pages(engine)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
