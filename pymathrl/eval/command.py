@@ -194,9 +194,10 @@ def _run(argv: Sequence[str] | None) -> int:
                     })  # fmt: skip
                 outcomes.append(_evaluate(engine, model, name, task, problems[name], args, ks, limit, store))
             del policy, engine
-            gc.collect()
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+            if model != models[-1]:  # two models at a time may not fit
+                gc.collect()
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
         comparisons = _compare([o.summary for o in outcomes], models[0])
         settings = {k: v for k, v in vars(args).items() if k not in ("json", "out") and not k.startswith("task")}
         settings |= {"model": models, "task": task_names, "k": ks}

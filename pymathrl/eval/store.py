@@ -121,4 +121,6 @@ def open_store(folder: Path) -> Iterator[Store]:
                 settings = {}
             if not isinstance(settings, dict) or settings.get("format") != FORMAT:
                 raise UserError(f"{path}: not the settings of an evaluation of this version; give another --out")
+        if not any(file.stat().st_size for file in (folder / "samples").iterdir()):
+            settings = {"format": FORMAT}  # one that ended before its first sample binds nobody
         yield Store(folder, settings)

@@ -95,7 +95,7 @@ TIES_NOTE = {
 def _shown(names: Iterable[str], main: bool) -> list[tuple[str, Row, str]]:
     """(name, row, label) of the numbers that have a row, in the order of `ROWS`, numbers in names rising. Others are in
     summary.json only (avg@n, which is pass@1)."""
-    names = sorted(set(names), key=lambda name: [int(x) for x in re.findall(r"\d+", name)])
+    names = sorted(dict.fromkeys(names), key=lambda name: [int(x) for x in re.findall(r"\d+", name)])
     out = []
     for row in ROWS:
         for name in names:

@@ -58,7 +58,10 @@ def test_names_that_differ_have_files_of_their_own(store):
 def test_settings_are_kept_and_compared(tmp_path):
     folder = tmp_path / "out"
     with open_store(folder) as store:
+        store.agree("sampling", "all", {"seed": 4})
+    with open_store(folder) as store:  # no sample was made with that seed
         store.agree("sampling", "all", {"seed": 3, "pair": (1, 2)})
+        store.add("m", "t", samples_of(0))
         store.agree("models", "m", {"weights": "abc"})
         store.agree("sampling", "all", {"seed": 3, "pair": (1, 2)})
     with open_store(folder) as store:
