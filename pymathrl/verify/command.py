@@ -46,7 +46,7 @@ POLICY_HELP = {
     "abs_tol": "numbers are right within this much of the gold",
     "rel_tol": "numbers are right within this share of the gold",
     "percent": "where one side alone has a percent sign, n%% may be n / 100 too",
-    "require_form": "reduced, factored or expanded: only this form of the value counts",
+    "require_form": "reduced, evaluated, factored or expanded: only this form of the value counts",
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FORMS = ("", "reduced", "factored", "expanded")
+FORMS = ("", "reduced", "evaluated", "factored", "expanded")
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,9 @@ class Policy:
     decimal_round   a gold decimal of three or more significant digits takes an exact or longer answer that rounds to it
     abs_tol rel_tol a number is right within abs_tol + rel_tol * |gold|; 0 is exact
     percent         where one side alone has a percent sign, its n% may also be read as n / 100
-    require_form    the answer must be written "reduced" (a fraction in lowest terms), "factored" or "expanded";
-                    "" takes every form of the value
+    require_form    the answer must be written "reduced" (a fraction in lowest terms), "evaluated" (as one number, or a
+                    sum of different monomials: the question itself is no answer), "factored" or "expanded"; "" takes
+                    every form of the value
     """
 
     choice: bool = False
