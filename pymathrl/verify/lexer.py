@@ -52,9 +52,11 @@ _ORDINAL = re.compile(r"(?:\^\s*\{?\s*(?:\\(?:text|mathrm|textrm)\s*\{)?\s*)?(?:
 _COMMAND = re.compile(r"\\([A-Za-z]+)\*?|\\(.)", re.DOTALL)
 _WORD = re.compile(r"[A-Za-z]+(?:-[A-Za-z]{2,}|'[a-z]\b)*")
 _NUMBERS_IN_TEXT = re.compile(  # "12 hours", "3 or 4", "A, B"
-    r"[-+]?\d[\d.,]*\s+[A-Za-z][A-Za-z ]*|[-+]?[\d./]+\s+(?:and|or)\s+[-+]?[\d./]+|[A-Z](?:\s*,\s*[A-Z])+"
+    r"[-+]?\d[\d.,]*\s+[A-Za-z][A-Za-z ]*"
+    r"|[-+]?[\d./]+(?:\s*(?:,|,?\s+and|,?\s+or)\s+[-+]?[\d./]+)+|[A-Z](?:\s*,\s*[A-Z])+"
 )
 _ALSO_PRODUCTS = frozenset(("hr", "mi", "in", "lb", "ha", "yr", "ml", "mg", "amp", "rad", "deg", "oz"))  # \pi hr^2
+_ROW_DISTANCE = re.compile(r"\s*\[-?[\d.]+\s*[a-z]{2}\]")
 _SHORT_NOUN = re.compile("[^aeiou][aeiou][^aeiou]")
 _LETTERS = re.compile(r"[A-Za-z]+")
 _TEXT = frozenset(("text", "mbox", "textrm", "textnormal", "textsf", "texttt", "hbox", "textup", "textbf", "textit"))
@@ -62,13 +64,14 @@ _FONT = frozenset(
     ("mathrm", "mathbf", "mathit", "mathsf", "mathcal", "boldsymbol", "bm", "operatorname", "mathfrak", "rm", "bf",
      "it")
 )  # fmt: skip
+_CONCLUSIONS = ("therefore", "implies", "Rightarrow", "Longrightarrow")
 _IGNORED = frozenset(
     ("boxed", "fbox", "vec", "hat", "tilde", "widehat", "widetilde", "underline", "mathop", "ensuremath",
      "overrightarrow", "overleftrightarrow", "textcolor", "cancel", "overset", "underset", "nonumber", "strut",
-     "smash", "mathstrut", "overline", "bar", "dot", "ddot", "hline", "therefore", "implies", "Rightarrow",
-     "overbar", "displaylimits")
+     "smash", "mathstrut", "overline", "bar", "dot", "ddot", "hline", "overbar", "displaylimits")
 )  # fmt: skip
 _OPERATORS = {
+    "cdotp": "*",
     "cdot": "*", "times": "*", "ast": "*", "star": "*", "div": "/", "pm": "pm", "mp": "mp", "le": "<=", "leq": "<=",
     "leqslant": "<=", "ge": ">=", "geq": ">=", "geqslant": ">=", "lt": "<", "gt": ">", "ne": "!=", "neq": "!=",
     "approx": "~", "simeq": "~", "doteq": "~", "equiv": "equiv", "in": "in", "cup": "cup", "bigcup": "cup",
@@ -185,6 +188,8 @@ class _Lexer:
             self.add("o", "and")
         elif lower in OR:
             self.add("o", "or")
+        elif lower in ("negative", "minus"):
+            self.add("o", "-")
         elif lower in ("union", "intersect"):
             self.add("o", "cup" if lower == "union" else "cap")
         elif run in ("pi", "Pi", "PI"):
@@ -241,6 +246,8 @@ class _Lexer:
                 self.add("o", "||")
             elif sign == "\\":
                 self.add("o", "row")
+                distance = _ROW_DISTANCE.match(text, end)
+                end = distance.end() if distance else end
             elif sign in "&#_":
                 self.add("w", sign)
             else:
@@ -294,7 +301,7 @@ class _Lexer:
             self.add("o", "$")
         elif name == "angle":
             self.add("l", "angle")
-        elif name in _IGNORED:
+        elif name in _IGNORED or (name in _CONCLUSIONS and not self.found):
             pass
         else:
             raise Unreadable(f"\\{name}")

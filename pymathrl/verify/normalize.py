@@ -43,7 +43,7 @@ _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ", "012345678
 _SUPERS, _SUBS = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱ]+"), re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙ]+")
 
 _ENVIRONMENT = re.compile(r"\\begin\s*\{")
-_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}$%(\[])")
+_DOUBLED = re.compile(r"\\\\(?=[A-Za-z{}$%()\[\]])")
 _SPACING = re.compile(
     r"\\(?:displaystyle|textstyle|scriptstyle|limits|nolimits|left|right|middle|bigl|bigr|Bigl|Bigr|biggl|biggr|big|Big"
     r"|bigg|Bigg|hfill|noindent|phantom|hphantom|vphantom)(?![A-Za-z])"
@@ -54,6 +54,7 @@ _PERIOD = re.compile(r"(?:(?:\s|\\[,;! ]|\\quad|\\qquad|~)*\.)+$")
 _BOX = re.compile(r"\\(?:boxed|fbox|mathbf|mathrm|mathit|mathsf|boldsymbol|bm|textbf|textit|emph|underline|tag)\s*\{")
 _QUOTES = (('"', '"'), ("``", "''"), ("'", "'"))
 _BRACED_SIGN = re.compile(r"\{([:=<>+*/-])\}")
+_MATH = re.compile(r"(?<!\\)\\[()\[\]]")
 _TEX_DASH = re.compile(r"\\(?:text|mbox|mathrm)\{\s*([-:./,])\s*\}")
 _TRAILING_SPACE = re.compile(r"(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\\\|\\newline)+$")
 _LEADING_SPACE = re.compile(r"^(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\newline)+")
@@ -76,9 +77,7 @@ def normalize(text: str) -> str:
         text = _DELIMITED.sub(" ", text)
         text = _SPACING.sub(" ", text)
         text = _TEX_DASH.sub(r"\1", text)
-        text = text.replace(r"\(", " ").replace(r"\)", " ")
-        if r"\[" in text or r"\]" in text:
-            text = text.replace(r"\[", " ").replace(r"\]", " ")
+        text = _MATH.sub(" ", text)
     if "{" in text:
         text = _BRACED_SIGN.sub(r"\1", text)
     if "$" in text:

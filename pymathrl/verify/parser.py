@@ -215,14 +215,21 @@ class _Parser:
         return t.Chain(tuple(sides), tuple(ops)) if ops else sides[0]
 
     def function_name(self) -> str | None:
-        """f(x), f(2) or f(x, y) before "=": the name of a value, not a product."""
+        """f(x), f(2), f(x, y), f'(x) or f^{-1}(x) before "=": the name of a value, not a product."""
         at = self.at
-        if self.token.kind != "l" or self.ahead().text != "(":
+        if self.token.kind != "l":
             return None
-        end = at + 2
+        start = at + 1
+        while self.tokens[start].text == "'":
+            start += 1
+        if [x.text for x in self.tokens[start : start + 5]] == ["^", "{", "-", "1", "}"]:
+            start += 5
+        if self.tokens[start].text != "(":
+            return None
+        end = start = start + 1
         while self.tokens[end].kind in "nl" or self.tokens[end].text == ",":
             end += 1
-        if end == at + 2 or self.tokens[end].text != ")" or self.tokens[min(end + 1, len(self.tokens) - 1)].text != "=":
+        if end == start or self.tokens[end].text != ")" or self.tokens[min(end + 1, len(self.tokens) - 1)].text != "=":
             return None
         self.at = end + 1
         return "".join(x.text for x in self.tokens[at : end + 1])
@@ -469,7 +476,7 @@ class _Parser:
             elif self.has("_"):
                 self.at += 1
                 base = self.subscripted(base)
-            elif self.has("circ"):
+            elif self.has("circ") and self.ahead().kind not in "nlfc":
                 self.at += 1
                 base = t.Quantity(base, "deg")
             elif self.has("%") and self.ahead().kind == "o" and self.ahead().text in ("*", ")", "]"):
@@ -504,6 +511,8 @@ class _Parser:
             return t.Based(base.text, _base(text))
         if isinstance(base, t.Sym):
             return t.Sym(f"{base.name}_{text}")
+        if isinstance(base, t.Pow) and isinstance(base.base, t.Sym):  # x^2_1
+            return t.Pow(t.Sym(f"{base.base.name}_{text}"), base.exponent)
         if isinstance(base, t.Mul) and all(isinstance(x, t.Sym) and len(x.name) == 1 for x in base.factors):
             return t.Based("".join(x.name for x in base.factors if isinstance(x, t.Sym)), text)
         raise Unreadable("a subscript")
@@ -635,6 +644,8 @@ class _Parser:
         self.bars += 1
         inner = self.sum()
         self.bars -= 1
+        if bar == "|" and self.has("||"):  # |a||b|
+            self.tokens[self.at : self.at + 1] = [Token("o", "|"), Token("o", "|")]
         self.expect(bar)
         self.depth -= 1
         return t.Call("abs", (_plain(inner),))
@@ -661,6 +672,8 @@ class _Parser:
             numerator = self.argument()
             denominator = self.argument()
             self.depth -= 1
+            if _is_differential(denominator):
+                raise Unreadable("a derivative")
             if isinstance(numerator, t.Num) and isinstance(denominator, t.Num) and denominator.value and (
                 numerator.places is None and denominator.places is None
             ):  # fmt: skip
@@ -669,6 +682,12 @@ class _Parser:
         if name == "sqrt":
             self.deeper()
             degree = 2
+            if self.has("[") and (self.ahead().kind != "n" or self.ahead(2).text != "]"):
+                self.at += 1
+                index = self.sum()
+                self.expect("]")
+                self.depth -= 1
+                return t.Pow(self.argument(), t.Pow(_plain(index), t.MINUS_ONE))
             if self.has("[") and self.tokens[self.at + 1].kind == "n" and self.ahead(2).text == "]":
                 degree = int(self.ahead().text) if self.ahead().text.isdigit() else 0
                 self.at += 3
@@ -807,6 +826,11 @@ class _Parser:
         if name not in _MATRICES:
             raise Unreadable(f"\\begin{{{name}}}")
         return matrix
+
+
+def _is_differential(node: Node) -> bool:
+    """dx, below a fraction bar."""
+    return isinstance(node, t.Mul) and len(node.factors) == 2 and node.factors[0] == t.Sym("d")
 
 
 def _base(text: str) -> str:

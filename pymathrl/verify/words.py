@@ -23,8 +23,8 @@ INVERSE = {
 GREEK = frozenset(
     (
         "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho varrho sigma "
-        "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar partial "
-        "nabla imath jmath aleph"
+        "tau upsilon phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar "
+        "imath jmath aleph"
     ).split()
 )
 _ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen"
@@ -87,7 +87,8 @@ CHANGING = frozenset(
         "between over under above below minus plus times half twice double triple third quarter negative positive "
         "either maybe perhaps possibly if when unless until before after cannot can't isn't undefined unknown infinity "
         "infinite divided multiplied root power log incorrect wrong false true odd even "
-        "up to"
+        "up to factorial factorials dozen dozens halves thirds quarters fourths fifths sixths sevenths eighths ninths "
+        "tenths hundredths thousandths tens hundreds thousands"
     ).split()
 )
 # Words that may stand before a value and say nothing.
@@ -134,7 +135,7 @@ def _one_unit(text: str) -> str | None:
         if any(w in square for w in lowered) and len(words) > 1:
             words = [w for w in words if w.lower() not in square]
             power = p
-    if not words:
+    if not words or lowered in (["squared"], ["cubed"], ["square"], ["cubic"]):
         return None
     last = words[-1]
     found = _POWER.search(last)
