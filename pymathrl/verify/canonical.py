@@ -25,7 +25,7 @@ Form = tuple[Poly, Poly]  # numerator, denominator
 MAX_BITS = 100_000  # of an integer that a power makes
 MAX_FACTORIAL = 3000
 MAX_TERMS = 1000  # of a \sum or \prod that is evaluated
-MAX_WORK = 60_000  # products of two terms in one comparison
+MAX_WORK = 5_000  # steps of about 10 us in one comparison
 MAX_SHIFT = 20  # (n+c)! is written with n! for |c| up to this
 _TRIAL = 10_000  # primes below it are divided out of radicands
 
@@ -60,6 +60,11 @@ class Former:
             self.keys.append(key)
         return number
 
+    def spend(self, steps: int) -> None:
+        self.work += steps
+        if self.work > MAX_WORK:
+            raise NoForm("too much work")
+
     # --- comparisons ---
 
     def equal(self, a: Form, b: Form) -> bool | None:
@@ -91,13 +96,11 @@ class Former:
     # --- arithmetic ---
 
     def times(self, a: Poly, b: Poly) -> Poly:
+        self.spend(len(a) * len(b) * (1 + (_bits(a) + _bits(b)) ** 2 // 10**8))
         if len(a) == 1 and () in a:
             return {m: c * a[()] for m, c in b.items()}
         if len(b) == 1 and () in b:
             return {m: c * b[()] for m, c in a.items()}
-        self.work += len(a) * len(b)
-        if self.work > MAX_WORK:
-            raise NoForm("too many terms")
         out: Poly = {}
         for m1, c1 in a.items():
             for m2, c2 in b.items():
@@ -143,6 +146,7 @@ class Former:
         return self.fraction(self.times(a[0], b[0]), self.times(a[1], b[1]))
 
     def add(self, a: Form, b: Form) -> Form:
+        self.spend((len(a[0]) + len(b[0])) // 10 + (_bits(a[0]) + _bits(b[0])) ** 2 // 10**8)
         if a[1] == b[1]:
             return _plus(a[0], b[0]), a[1]
         return self.fraction(_plus(self.times(a[0], b[1]), self.times(b[0], a[1])), self.times(a[1], b[1]))
@@ -168,6 +172,7 @@ class Former:
 
     def form(self, node: Node) -> Form:
         """The form of an expression. Raises Undefined, TooLarge, NoForm."""
+        self.spend(1)
         match node:
             case t.Num(value):
                 return number(value)
@@ -455,6 +460,7 @@ class Former:
                 return self.opaque("function", "factorial", freeze(b))
             if value > MAX_FACTORIAL:
                 raise TooLarge(f"the factorial of more than {MAX_FACTORIAL}")
+            self.spend(int(value) // 30)
             return number(Fraction(math.factorial(int(value))))
         shift = b[0].get((), ZERO) if len(b[1]) == 1 else ZERO
         if shift.denominator != 1 or abs(shift) > MAX_SHIFT or not shift:
@@ -519,6 +525,11 @@ class Former:
         return expand(cells)
 
 
+def _bits(poly: Poly) -> int:
+    """Of its longest coefficient."""
+    return max((c.numerator.bit_length() + c.denominator.bit_length() for c in poly.values()), default=0)
+
+
 def number(value: Fraction) -> Form:
     return ({(): value} if value else {}), {(): ONE}
 
@@ -539,20 +550,7 @@ def freeze(form: Form) -> Hashable:
 
 def substitute(node: Node, name: Node, value: Node) -> Node:
     """The tree with a variable replaced."""
-    if node == name:
-        return value
-    match node:
-        case t.Add(x):
-            return t.Add(tuple(substitute(a, name, value) for a in x))
-        case t.Mul(x):
-            return t.Mul(tuple(substitute(a, name, value) for a in x))
-        case t.Pow(a, b):
-            return t.Pow(substitute(a, name, value), substitute(b, name, value))
-        case t.Root(a, n):
-            return t.Root(substitute(a, name, value), n)
-        case t.Call(f, x):
-            return t.Call(f, tuple(substitute(a, name, value) for a in x))
-    return node
+    return t.replace(node, lambda n: value if n == name else None)
 
 
 @lru_cache(maxsize=4096)

@@ -15,7 +15,7 @@ from fractions import Fraction
 from pymathrl.verify import nodes as t
 from pymathrl.verify import numeric, symbolic
 from pymathrl.verify import real_sets as rs
-from pymathrl.verify.canonical import Former, Mono, NoForm, Poly, Undefined, number
+from pymathrl.verify.canonical import Former, Mono, NoForm, Poly, Undefined, number, substitute
 from pymathrl.verify.forms import has_form
 from pymathrl.verify.lexer import TooLarge
 from pymathrl.verify.nodes import Node
@@ -97,7 +97,7 @@ class _Comparison:
 
     def __init__(self, cfg: Policy, symbolic: bool) -> None:
         self.cfg, self.symbolic = cfg, symbolic
-        self.former = Former()
+        self.former, self.budget = Former(), numeric.Budget()
         self.stage = 0
         self.reason = ""
 
@@ -173,7 +173,6 @@ class _Comparison:
     # --- whole answers ---
 
     def trees(self, gold: Node, answer: Node) -> bool | None:
-        gold, answer = _named_i(gold), _named_i(answer)
         if isinstance(gold, t.Quantity) or isinstance(answer, t.Quantity):
             return self.quantities(gold, answer)
         return self.readings(read(gold), read(answer))
@@ -555,6 +554,8 @@ class _Comparison:
         self.used("exact")
         if isinstance(a, t.Literal) or isinstance(b, t.Literal):
             return a == b or self.because("dots and a value")
+        if t.symbols(a) or t.symbols(b):  # i is the imaginary unit where only numbers stand beside it
+            a, b = (substitute(x, t.IMAGINARY, t.Sym("i*")) for x in (a, b))
         if rs.is_infinite(a) or rs.is_infinite(b):
             return rs.is_infinite(a) == rs.is_infinite(b) or self.because("infinity and a value")
         if isinstance(a, t.Num) and isinstance(b, t.Num) and a.value == b.value:
@@ -590,10 +591,10 @@ class _Comparison:
         return self.because("different values")
 
     def numbers(self, a: Node, b: Node) -> bool | None:
-        seen = numeric.compare(a, b)
+        seen = numeric.compare(a, b, self.budget)
         if seen == numeric.DIFFER:
             return False
-        if seen == numeric.AGREE and not t.symbols(a) and not t.symbols(b) and numeric.proves_equal(a, b):
+        if seen == numeric.AGREE and not t.symbols(a) and not t.symbols(b) and numeric.proves_equal(a, b, self.budget):
             return True
         if not self.symbolic:
             return None
@@ -614,16 +615,33 @@ class _Comparison:
         for decimal, exact in ((gold, answer), (answer, gold)):
             if not isinstance(decimal, t.Num) or not decimal.places or decimal.digits < cfg.decimal_digits:
                 continue
-            if not (isinstance(exact, t.Num) and _terminates(exact.value)) and _rounds_to(exact, decimal, True):
+            if not (isinstance(exact, t.Num) and _terminates(exact.value)) and self.rounds_to(exact, decimal, True):
                 return True
         if cfg.decimal_round and isinstance(gold, t.Num) and gold.places and gold.digits >= 3:
             longer = not isinstance(answer, t.Num) or answer.places is None or answer.places > gold.places
-            if longer and _rounds_to(answer, gold, False):
+            if longer and self.rounds_to(answer, gold, False):
                 return True
         if cfg.abs_tol or cfg.rel_tol:
-            x, y = numeric.value(gold), numeric.value(answer)
+            x, y = (numeric.value(n, numeric.DIGITS, self.budget) for n in (gold, answer))
             return bool(abs(x - y) <= cfg.abs_tol + cfg.rel_tol * abs(x))
         return False
+
+    def rounds_to(self, exact: Node, decimal: t.Num, truncated: bool) -> bool:
+        """Whether `decimal` is the value rounded, or also truncated, to its number of places."""
+        assert decimal.places is not None
+        if isinstance(exact, t.Num):
+            value = exact.value
+        else:
+            found = numeric.value(exact, max(numeric.DIGITS, decimal.digits + 20), self.budget)
+            if found.imag != 0 or abs(found.real) > 10**40:
+                return False
+            scale = 10 ** (decimal.places + 30)
+            value = Fraction(int(found.real * scale), scale)
+        shifted = abs(value) * 10**decimal.places
+        written = abs(decimal.value) * 10**decimal.places
+        if (value < 0) != (decimal.value < 0):
+            return False
+        return written == math.floor(shifted + Fraction(1, 2)) or (truncated and written == math.floor(shifted))
 
     def is_undefined(self, node: Node) -> bool:
         """Whether a part of the answer divides by zero or is no number."""
@@ -643,34 +661,6 @@ def read_node(node: Node) -> Node | None:
     return reading.node if isinstance(reading, Value) and not reading.names else None
 
 
-def _named_i(node: Node) -> Node:
-    """i is the imaginary unit where only numbers stand beside it, else a variable."""
-    if not t.symbols(node) or t.IMAGINARY not in t.walk(node):
-        return node
-    return _rename(node, t.IMAGINARY, t.Sym("i*"))
-
-
-def _rename(node: Node, old: Node, new: Node) -> Node:
-    if node == old:
-        return new
-    match node:
-        case t.Add(x):
-            return t.Add(tuple(_rename(a, old, new) for a in x))
-        case t.Mul(x):
-            return t.Mul(tuple(_rename(a, old, new) for a in x))
-        case t.Pow(a, b):
-            return t.Pow(_rename(a, old, new), _rename(b, old, new))
-        case t.Root(a, n):
-            return t.Root(_rename(a, old, new), n)
-        case t.Call(f, x):
-            return t.Call(f, tuple(_rename(a, old, new) for a in x))
-        case t.Items(x, how):
-            return t.Items(tuple(_rename(a, old, new) for a in x), how)
-        case t.Group(x, left, right):
-            return t.Group(tuple(_rename(a, old, new) for a in x), left, right)
-    return node
-
-
 def _clock_text(node: Node) -> str | None:
     if isinstance(node, t.Word):
         return node.text
@@ -683,7 +673,7 @@ def _digits(node: Node) -> tuple[str, str | None] | None:
     """(digits, base) of a based number, or of a whole number without a base."""
     if isinstance(node, t.Based):
         return node.digits.upper().lstrip("0"), node.base
-    if isinstance(node, t.Num) and node.value.denominator == 1:
+    if isinstance(node, t.Num) and node.value.denominator == 1 and node.value.numerator.bit_length() < 8 * MAX_LENGTH:
         return str(node.value), None
     if isinstance(node, t.Word):
         return node.text.upper(), None
@@ -698,21 +688,3 @@ def _terminates(value: Fraction) -> bool:
         while d % p == 0:
             d //= p
     return d == 1
-
-
-def _rounds_to(exact: Node, decimal: t.Num, truncated: bool) -> bool:
-    """Whether `decimal` is the value rounded, or also truncated, to its number of places."""
-    assert decimal.places is not None
-    if isinstance(exact, t.Num):
-        value = exact.value
-    else:
-        found = numeric.value(exact, max(numeric.DIGITS, decimal.digits + 20))
-        if found.imag != 0 or abs(found.real) > 10**40:
-            return False
-        scale = 10 ** (decimal.places + 30)
-        value = Fraction(int(found.real * scale), scale)
-    shifted = abs(value) * 10**decimal.places
-    written = abs(decimal.value) * 10**decimal.places
-    if (value < 0) != (decimal.value < 0):
-        return False
-    return written == math.floor(shifted + Fraction(1, 2)) or (truncated and written == math.floor(shifted))

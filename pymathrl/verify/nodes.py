@@ -3,6 +3,7 @@ refuses deeper nesting and longer texts (see `parser`)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -187,6 +188,27 @@ def walk(node: Node) -> list[Node]:
 def symbols(node: Node) -> frozenset[str]:
     """Names of the variables, without the constants pi, e, i and infinity."""
     return frozenset(n.name for n in walk(node) if isinstance(n, Sym)) - CONSTANTS
+
+
+def replace(node: Node, change: Callable[[Node], Node | None]) -> Node:
+    """The tree with every expression in it for which `change` has another one replaced by that."""
+    changed = change(node)
+    if changed is not None:
+        return changed
+    match node:
+        case Add(x):
+            return Add(tuple(replace(a, change) for a in x))
+        case Mul(x):
+            return Mul(tuple(replace(a, change) for a in x))
+        case Pow(a, b):
+            return Pow(replace(a, change), replace(b, change))
+        case Root(a, n):
+            return Root(replace(a, change), n)
+        case Call(f, x):
+            return Call(f, tuple(replace(a, change) for a in x))
+        case Group(x, left, right):
+            return Group(tuple(replace(a, change) for a in x), left, right)
+    return node
 
 
 def negate(node: Node) -> Node:

@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 
 from pymathrl.verify import nodes as t
-from pymathrl.verify.canonical import MAX_TERMS, Undefined, substitute
+from pymathrl.verify.canonical import MAX_TERMS, Undefined
 from pymathrl.verify.lexer import TooLarge
 from pymathrl.verify.nodes import Node
 
@@ -26,6 +26,8 @@ DIGITS = 60  # of the first evaluation; a doubtful difference is computed again 
 MORE = 240
 MAX_PROOF_BITS = 24_000  # of a separation bound that is worth computing
 MAX_RESIDUE_FACTORIAL = 20_000  # 20 ms
+MAX_STEPS = 10_000  # of one comparison
+_PRICES = {"power": 5, "factorial": 100, "binom": 200}  # of functions, in steps; the first is that of all others
 MAX_MAGNITUDE = 200_000  # bits of an intermediate value's exponent
 
 _OF_INTEGERS = frozenset(("factorial", "factorial2", "binom", "sum", "prod", "gcd", "lcm"))
@@ -38,6 +40,18 @@ class Outside(Exception):
     """The point lies outside of an expression's real domain."""
 
 
+class Budget:
+    """What one comparison may cost, in steps of about 10 us: it ends in milliseconds, whatever the texts hold."""
+
+    def __init__(self) -> None:
+        self.left = MAX_STEPS
+
+    def spend(self, steps: int) -> None:
+        self.left -= steps
+        if self.left < 0:
+            raise TooLarge("too much to compute")
+
+
 @lru_cache(maxsize=8)
 def _context(digits: int) -> Any:
     import mpmath  # not at the top: most answers never need it, and it takes 0.1 s
@@ -47,12 +61,13 @@ def _context(digits: int) -> Any:
     return context
 
 
-def compare(a: Node, b: Node) -> str:
+def compare(a: Node, b: Node, budget: Budget | None = None) -> str:
     """DIFFER (certain up to rounding), AGREE (to 40 digits, at 5 points if there are variables) or UNKNOWN."""
+    budget = budget or Budget()
     names = sorted(t.symbols(a) | t.symbols(b))
     if not names:  # one point only, so more digits: \sqrt{10^{60}+1} is not 10^{30}
-        found = _compare_at(a, b, {}, real=False)
-        return _gap(a, b, MORE, {}, real=False) if found == AGREE else found
+        found = _compare_at(a, b, {}, False, budget)
+        return _gap(a, b, MORE, {}, False, budget) if found == AGREE else found
     rng = random.Random(zlib.crc32(repr((a, b) if repr(a) < repr(b) else (b, a)).encode()))
     integers = has_integer_parameter(a) or has_integer_parameter(b)
     for real in (True, False):
@@ -60,7 +75,7 @@ def compare(a: Node, b: Node) -> str:
         for attempt in range(24):
             point = _point(names, rng, attempt, integers, positive=not real)
             try:
-                found = _compare_at(a, b, point, real)
+                found = _compare_at(a, b, point, real, budget)
             except (Outside, Undefined):
                 continue
             if found == DIFFER:
@@ -94,9 +109,7 @@ def _is_negative(node: Node) -> bool:
     return isinstance(node, t.Mul) and any(isinstance(f, t.Num) and f.value < 0 for f in node.factors)
 
 
-def _point(
-    names: list[str], rng: random.Random, attempt: int, integers: bool, positive: bool
-) -> dict[str, Fraction]:
+def _point(names: list[str], rng: random.Random, attempt: int, integers: bool, positive: bool) -> dict[str, Fraction]:
     """Every third point is all negative (|x| is not x), every third all positive, others mixed."""
     if integers:
         return {name: Fraction(rng.randint(2, 9) + attempt // 8 * 6) for name in names}
@@ -106,15 +119,16 @@ def _point(
     return {name: v * (sign or rng.choice((-1, 1))) for name, v in size.items()}
 
 
-def _compare_at(a: Node, b: Node, point: Mapping[str, Fraction], real: bool) -> str:
+def _compare_at(a: Node, b: Node, point: Mapping[str, Fraction], real: bool, budget: Budget) -> str:
     """With the first digits; with more where a small difference may be the rounding of what cancelled."""
-    found = _gap(a, b, DIGITS, point, real)
-    return _gap(a, b, MORE, point, real) if found == UNKNOWN else found
+    found = _gap(a, b, DIGITS, point, real, budget)
+    return _gap(a, b, MORE, point, real, budget) if found == UNKNOWN else found
 
 
-def _gap(a: Node, b: Node, digits: int, point: Mapping[str, Fraction], real: bool) -> str:
+def _gap(a: Node, b: Node, digits: int, point: Mapping[str, Fraction], real: bool, budget: Budget) -> str:
     m = _context(digits)
-    x, y = evaluate(a, m, point, real), evaluate(b, m, point, real)
+    evaluate = _Evaluator(m, point, real, budget)
+    x, y = evaluate(a), evaluate(b)
     scale, gap = max(abs(x), abs(y)), abs(x - y)
     noise = m.mpf(10) ** (-digits + 20)
     if gap <= scale * noise or scale < noise * noise:
@@ -124,46 +138,69 @@ def _gap(a: Node, b: Node, digits: int, point: Mapping[str, Fraction], real: boo
     return AGREE if scale < noise else DIFFER  # both are 0 but for rounding
 
 
-def value(node: Node, digits: int = DIGITS) -> Any:
+def value(node: Node, digits: int = DIGITS, budget: Budget | None = None) -> Any:
     """A constant, real or complex, as an mpmath number. Raises Undefined, Outside, TooLarge."""
-    return evaluate(node, _context(digits), {}, real=False)
+    return _Evaluator(_context(digits), {}, False, budget or Budget())(node)
 
 
-def evaluate(node: Node, m: Any, point: Mapping[str, Fraction], real: bool) -> Any:
-    """The value in the mpmath context `m`. real: leave the reals nowhere, raise Outside instead."""
-    match node:
-        case t.Num(v):
-            return m.mpf(v.numerator) / v.denominator
-        case t.Sym("pi"):
-            return +m.pi
-        case t.Sym("e"):
-            return +m.e
-        case t.Sym("i"):
-            if "i" in point:
-                return m.mpf(point["i"].numerator) / point["i"].denominator
-            return m.mpc(0, 1)
-        case t.Sym(name):
-            if name not in point:
+class _Evaluator:
+    """Values in the mpmath context `m`. real: leave the reals nowhere, raise Outside instead."""
+
+    def __init__(self, m: Any, point: Mapping[str, Fraction], real: bool, budget: Budget) -> None:
+        self.m, self.point, self.real, self.budget = m, dict(point), real, budget
+        self.price = 1 + m.dps // 100  # of one step
+
+    def __call__(self, node: Node) -> Any:
+        m = self.m
+        self.budget.spend(self.price)
+        match node:
+            case t.Num(v):
+                return m.mpf(v.numerator) / v.denominator
+            case t.Sym("pi"):
+                return +m.pi
+            case t.Sym("e"):
+                return +m.e
+            case t.Sym(name) if name in self.point:
+                return m.mpf(self.point[name].numerator) / self.point[name].denominator
+            case t.Sym("i"):
+                return m.mpc(0, 1)
+            case t.Sym(name):
                 raise Outside(name)
-            return m.mpf(point[name].numerator) / point[name].denominator
-        case t.Add(x):
-            return m.fsum(evaluate(a, m, point, real) for a in x)
-        case t.Mul(x):
-            return m.fprod(evaluate(a, m, point, real) for a in x)
-        case t.Pow(base, exponent):
-            return _power(m, evaluate(base, m, point, real), evaluate(exponent, m, point, real), real)
-        case t.Root(arg, n):
-            x = evaluate(arg, m, point, real)
-            if n % 2 and _is_real(m, x) and m.re(x) < 0:
-                return -m.root(-m.re(x), n)
-            if real and _is_real(m, x) and m.re(x) < 0:
-                raise Outside("root")
-            return m.root(x, n)
-        case t.Call(name, args):
-            if name in ("sum", "prod"):
-                return _series(name, args, m, point, real)
-            return _function(name, [evaluate(a, m, point, real) for a in args], m, real)
-    raise Outside(type(node).__name__)
+            case t.Add(x):
+                return m.fsum(self(a) for a in x)
+            case t.Mul(x):
+                return m.fprod(self(a) for a in x)
+            case t.Pow(base, exponent):
+                self.budget.spend(_PRICES["power"] * self.price)
+                return _power(m, self(base), self(exponent), self.real)
+            case t.Root(arg, n):
+                x = self(arg)
+                if n % 2 and _is_real(m, x) and m.re(x) < 0:
+                    return -m.root(-m.re(x), n)
+                if self.real and _is_real(m, x) and m.re(x) < 0:
+                    raise Outside("root")
+                return m.root(x, n)
+            case t.Call("sum" | "prod" as name, (body, t.Sym(index), low, high)):
+                return self.series(name, body, index, self(low), self(high))
+            case t.Call(name, args):
+                self.budget.spend(_PRICES.get(name, _PRICES["power"]) * self.price)
+                return _function(name, [self(a) for a in args], m, self.real)
+        raise Outside(type(node).__name__)
+
+    def series(self, name: str, body: Node, index: str, first: Any, last: Any) -> Any:
+        m = self.m
+        if not (m.isint(first) and m.isint(last)) or last - first >= MAX_TERMS:
+            raise TooLarge(f"a sum of more than {MAX_TERMS} terms")
+        outer = self.point.get(index)
+        values = []
+        for k in range(int(first), int(last) + 1):
+            self.point[index] = Fraction(k)
+            values.append(self(body))
+        if outer is None:
+            self.point.pop(index, None)
+        else:
+            self.point[index] = outer
+        return m.fsum(values) if name == "sum" else m.fprod(values)
 
 
 def _is_real(m: Any, x: Any) -> bool:
@@ -251,21 +288,10 @@ def _function(name: str, x: list[Any], m: Any, real: bool) -> Any:
         raise Undefined(name) from None
 
 
-def _series(name: str, args: tuple[Node, ...], m: Any, point: Mapping[str, Fraction], real: bool) -> Any:
-    body, index, low, high = args
-    first, last = evaluate(low, m, point, real), evaluate(high, m, point, real)
-    if not (m.isint(first) and m.isint(last)) or last - first >= MAX_TERMS:
-        raise TooLarge(f"a sum of more than {MAX_TERMS} terms")
-    values = [
-        evaluate(substitute(body, index, t.Num(Fraction(k))), m, point, real) for k in range(int(first), int(last) + 1)
-    ]
-    return m.fsum(values) if name == "sum" else m.fprod(values)
-
-
 # --- proofs ---
 
 
-def proves_equal(a: Node, b: Node) -> bool:
+def proves_equal(a: Node, b: Node, budget: Budget | None = None) -> bool:
     """Whether two real algebraic constants are equal, with certainty; False where that is not known."""
     difference = t.Add((a, t.negate(b)))
     roots: dict[Node, int] = {}
@@ -274,11 +300,12 @@ def proves_equal(a: Node, b: Node) -> bool:
     except Outside:
         return False
     bits = (math.prod(roots.values()) - 1) * upper + lower
-    if bits > MAX_PROOF_BITS:
+    precision = 2 * (bits + upper) + 64  # what cancels on the way is at most 2^upper
+    if precision > MAX_PROOF_BITS:
         return False
-    m = _context(1 << int((bits + 64) * 0.30103 + 20).bit_length())
+    m = _context(1 << int(precision * 0.30103).bit_length())
     try:
-        gap = abs(evaluate(difference, m, {}, real=True))
+        gap = abs(_Evaluator(m, {}, True, budget or Budget())(difference))
     except Outside:
         return False
     return bool(gap < m.mpf(2) ** (-int(bits) - 2))

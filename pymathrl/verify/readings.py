@@ -141,8 +141,11 @@ def _one_inequality(left: Node, op: str, right: Node) -> Reading:
     names = names_of(left)
     if len(names) == 1 and t.is_scalar(right) and names[0] not in t.symbols(right):
         if op == "!=":
-            pieces = rs.complement((rs.Piece(right, True, right, True),)) if not t.symbols(right) else None
-            return Inequality(left, op, right) if pieces is None else rs.RealSet(pieces, names[0])
+            try:
+                pieces = rs.complement((rs.Piece(right, True, right, True),))
+            except rs.NotReal:  # complex
+                pieces = ()
+            return Inequality(left, op, right) if t.symbols(right) or not pieces else rs.RealSet(pieces, names[0])
         below = op in ("<", "<=")
         piece = rs.interval(rs.LOW, False, right, "=" in op) if below else rs.interval(right, "=" in op, rs.HIGH, False)
         return rs.RealSet((piece,), names[0])
@@ -225,19 +228,4 @@ def both_signs(node: Node) -> Node:
 
 
 def _signed(node: Node, sign: int) -> Node:
-    match node:
-        case t.PlusMinus(s):
-            return t.Num(Fraction(s * sign))
-        case t.Add(x):
-            return t.Add(tuple(_signed(a, sign) for a in x))
-        case t.Mul(x):
-            return t.Mul(tuple(_signed(a, sign) for a in x))
-        case t.Pow(a, b):
-            return t.Pow(_signed(a, sign), _signed(b, sign))
-        case t.Root(a, n):
-            return t.Root(_signed(a, sign), n)
-        case t.Call(f, x):
-            return t.Call(f, tuple(_signed(a, sign) for a in x))
-        case t.Group(x, left, right):
-            return t.Group(tuple(_signed(a, sign) for a in x), left, right)
-    return node
+    return t.replace(node, lambda n: t.Num(Fraction(n.sign * sign)) if isinstance(n, t.PlusMinus) else None)

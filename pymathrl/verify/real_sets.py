@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from pymathrl.verify import nodes as t
 from pymathrl.verify import numeric
@@ -81,6 +82,7 @@ def from_tree(node: Node) -> RealSet:
     raise NotReal
 
 
+@lru_cache(maxsize=256)
 def order(node: Node) -> tuple[int, Fraction]:
     """A key that sorts ends: (infinity's sign, the value to 50 digits)."""
     infinite = is_infinite(node)
@@ -108,8 +110,7 @@ def normalized(pieces: list[Piece]) -> tuple[Piece, ...]:
     for p in keyed:
         last = merged[-1] if merged else None
         if last is not None and (
-            order(p.low) < order(last.high)
-            or (order(p.low) == order(last.high) and (p.low_closed or last.high_closed))
+            order(p.low) < order(last.high) or (order(p.low) == order(last.high) and (p.low_closed or last.high_closed))
         ):
             a, b = (order(last.high), last.high_closed), (order(p.high), p.high_closed)
             high = last if a >= b else p
