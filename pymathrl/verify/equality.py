@@ -594,8 +594,10 @@ class _Comparison:
         seen = numeric.compare(a, b, self.budget)
         if seen == numeric.DIFFER:
             return False
-        if seen == numeric.AGREE and not t.symbols(a) and not t.symbols(b) and numeric.proves_equal(a, b, self.budget):
-            return True
+        if seen == numeric.AGREE and not t.symbols(a) and not t.symbols(b):
+            proved = numeric.same_algebraic(a, b, self.budget)
+            if proved is not None:
+                return proved
         if not self.symbolic:
             return None
         self.used("symbolic")

@@ -24,7 +24,7 @@ POINTS = 5
 AGREE_DIGITS = 40
 DIGITS = 60  # of the first evaluation; a doubtful difference is computed again with MORE
 MORE = 240
-MAX_PROOF_BITS = 24_000  # of a separation bound that is worth computing
+MAX_PROOF_BITS = 24_000  # of the precision that a proof may take
 MAX_RESIDUE_FACTORIAL = 20_000  # 20 ms
 MAX_STEPS = 10_000  # of one comparison
 _PRICES = {"power": 5, "factorial": 100, "binom": 200}  # of functions, in steps; the first is that of all others
@@ -68,7 +68,7 @@ def compare(a: Node, b: Node, budget: Budget | None = None) -> str:
     if not names:  # one point only, so more digits: \sqrt{10^{60}+1} is not 10^{30}
         found = _compare_at(a, b, {}, False, budget)
         return _gap(a, b, MORE, {}, False, budget) if found == AGREE else found
-    rng = random.Random(zlib.crc32(repr((a, b) if repr(a) < repr(b) else (b, a)).encode()))
+    rng = random.Random(_checksum(a) ^ _checksum(b))
     integers = has_integer_parameter(a) or has_integer_parameter(b)
     for real in (True, False):
         agreed = 0
@@ -86,6 +86,13 @@ def compare(a: Node, b: Node, budget: Budget | None = None) -> str:
         if agreed >= 2 and real:
             return AGREE if agreed >= POINTS - 2 else UNKNOWN
     return UNKNOWN
+
+
+def _checksum(node: Node) -> int:
+    """The same in every process; numbers may be too long to print."""
+    parts = (n.name if isinstance(n, t.Sym | t.Call) else hash(n.value) if isinstance(n, t.Num) else type(n).__name__
+             for n in t.walk(node))  # fmt: skip
+    return zlib.crc32(" ".join(map(str, parts)).encode())
 
 
 def has_integer_parameter(node: Node) -> bool:
@@ -291,23 +298,23 @@ def _function(name: str, x: list[Any], m: Any, real: bool) -> Any:
 # --- proofs ---
 
 
-def proves_equal(a: Node, b: Node, budget: Budget | None = None) -> bool:
-    """Whether two real algebraic constants are equal, with certainty; False where that is not known."""
+def same_algebraic(a: Node, b: Node, budget: Budget | None = None) -> bool | None:
+    """Whether two real algebraic constants are equal, with certainty; None for others and where it costs too much."""
     difference = t.Add((a, t.negate(b)))
     roots: dict[Node, int] = {}
     try:
         upper, lower = _bound(difference, roots)
     except Outside:
-        return False
+        return None
     bits = (math.prod(roots.values()) - 1) * upper + lower
     precision = 2 * (bits + upper) + 64  # what cancels on the way is at most 2^upper
     if precision > MAX_PROOF_BITS:
-        return False
+        return None
     m = _context(1 << int(precision * 0.30103).bit_length())
     try:
         gap = abs(_Evaluator(m, {}, True, budget or Budget())(difference))
     except Outside:
-        return False
+        return None
     return bool(gap < m.mpf(2) ** (-int(bits) - 2))
 
 

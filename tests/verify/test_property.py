@@ -146,14 +146,20 @@ def test_reflexive_on_random_texts(texts):
     assert len(unequal) < 0.1 * COUNT
 
 
+def answer(gold: str, other: str) -> bool | None:
+    """Equal or not; None where only a worker can tell. The reason may name the side that was read first."""
+    verdict = decide(gold, other, symbolic=False)
+    return None if verdict is None else verdict.equal
+
+
 def test_symmetric_on_random_texts(texts):
     """Neighbours and, so that there are equal pairs, every text with itself written a little differently."""
     plain = [t for t in texts if not any(mark in t for mark in "%$=<>") and "\\" not in t]
     pairs = [*pairwise(plain)] + [(t, f" ({t}) ") for t in plain]
-    verdicts = [(decide(a, b, symbolic=False), decide(b, a, symbolic=False)) for a, b in pairs]
-    apart = [pair for pair, (v, w) in zip(pairs, verdicts, strict=True) if (v and v.equal) != (w and w.equal)]
+    verdicts = [(answer(a, b), answer(b, a)) for a, b in pairs]
+    apart = [pair for pair, (v, w) in zip(pairs, verdicts, strict=True) if v != w]
     assert not apart, apart[:20]
-    assert sum(bool(v) for v, _ in verdicts) > 500
+    assert sum(v is True for v, _ in verdicts) > 500
 
 
 # --- expressions with a known value -----------------------------------------------------------------------------------
@@ -186,8 +192,7 @@ def test_reflexive_and_symmetric_on_expressions(seed):
         for whole in (a, f"({a},{b})", f"\\{{{a},{b}\\}}", f"\\begin{{pmatrix}}{a}\\\\{b}\\end{{pmatrix}}", f"x={a}"):
             verdict = decide(whole, whole, symbolic=False)
             assert verdict is not None and verdict.equal, whole
-        there, back = decide(a, b, symbolic=False), decide(b, a, symbolic=False)
-        assert (there and there.equal) == (back and back.equal), (a, b)
+        assert answer(a, b) == answer(b, a), (a, b)
 
 
 @pytest.mark.parametrize("seed", range(4))
