@@ -334,7 +334,7 @@ def _bound(node: Node, roots: dict[Node, int]) -> tuple[float, float]:
         case t.Mul(factors):
             parts = [_bound(factor, roots) for factor in factors]
             return sum(u for u, _ in parts), sum(low for _, low in parts)
-        case t.Pow(base, t.Num(n)) if abs(n) <= 64 and n.denominator <= 12:
+        case t.Pow(base, t.Num(n)) if abs(n) <= MAX_PROOF_BITS and n.denominator <= 12:
             u, low = _bound(base, roots)
             u, low = u * abs(n.numerator), low * abs(n.numerator)
             if n < 0:
