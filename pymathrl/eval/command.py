@@ -30,7 +30,7 @@ from pymathrl.errors import UserError
 from pymathrl.eval.compare import Comparison, compare
 from pymathrl.eval.plot import draw
 from pymathrl.eval.record import Sample, record
-from pymathrl.eval.sample import EVAL_STREAM, encode_all, stop_strings
+from pymathrl.eval.sample import EVAL_STREAM, encode_all
 from pymathrl.eval.store import Store, open_store
 from pymathrl.eval.stream import stream
 from pymathrl.eval.summary import Summary, summarize, verifier_of
@@ -39,7 +39,7 @@ from pymathrl.log import show_time, to_json
 from pymathrl.metrics import TIES, token_budgets
 from pymathrl.models import Policy, load
 from pymathrl.options import CommandParser, run_command
-from pymathrl.prompt import Prompts
+from pymathrl.prompt import Prompts, stop_strings
 from pymathrl.rollout import Draws, Engine
 from pymathrl.tasks import Problem, Task, convert_option, load_task, task_options
 

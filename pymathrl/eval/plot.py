@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from textwrap import fill
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -21,7 +22,9 @@ COLOURS = (BLUE, RED, GREEN, PURPLE, ORANGE, SKY)
 MARKERS = "osD^vP"
 OUTCOME_COLOURS = {"correct": GREEN, "wrong answer": ORANGE, "no answer": YELLOW, "cut off": GREY}
 KINDS = ("correct", "incorrect", "truncated")
-NAME_WIDTH = 34  # characters of a task's or a model's name
+TASK_WIDTH = 20  # characters of a task's name in a title
+ROW_WIDTH = 16  # of a line of a model's name beside a panel
+LEGEND_WIDTH = 60
 
 
 def draw(summaries: Sequence[Summary]) -> bytes:
@@ -37,24 +40,24 @@ def draw(summaries: Sequence[Summary]) -> bytes:
     for row, (task, task_name) in zip(axes, tasks.items(), strict=True):
         some = [s for s in summaries if s.task == task]
         styles = [(COLOURS[i % 6], MARKERS[i % 6]) for i, m in enumerate(models) if m in {s.model for s in some}]
-        title = f"{_shorten(task_name)}: {some[0].problems} problems x {some[0].samples}"
+        title = f"{_shorten(task_name, TASK_WIDTH)}: {some[0].problems} x {some[0].samples}"
         _curves(row[0], some, styles, ("pass@k", "maj@k"), "samples k", title)
         _curves(row[1], some, styles, ("within", "stated"), "token budget", "correct within a token budget")
         _lengths(row[2], some, [models[s.model] for s in some])
         _outcomes(row[3], some, [models[s.model] for s in some])
     handles = [
-        Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 6], lw=1.8, label=_shorten(name))
+        Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 6], lw=1.8, label=_shorten(name, LEGEND_WIDTH))
         for i, name in enumerate(models.values())
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)), fontsize=10, frameon=False)
+    figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), fontsize=10, frameon=False)
     figure.suptitle("Bands and bars: 95 % intervals, bootstrap over problems", fontsize=11)
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     return buffer.getvalue()
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= NAME_WIDTH else f"…{name[1 - NAME_WIDTH:]}"
+def _shorten(name: str, width: int) -> str:
+    return name if len(name) <= width else f"…{name[1 - width :]}"
 
 
 def _dress(ax: Axes, title: str, x: str) -> None:
@@ -74,13 +77,15 @@ def _curves(
     """The first curve solid with a band, the second dashed."""
     labels = {"pass@k": "pass@k", "maj@k": "maj@k", "within": "ended", "stated": "answer stated"}
     xs: set[float] = set()
-    for summary, (colour, marker) in zip(summaries, styles, strict=True):
+    for place, (summary, (colour, marker)) in enumerate(zip(summaries, styles, strict=True)):
         for name, line in zip(names, ("-", "--"), strict=True):
             points: list[Point] = summary.curves[name]
             if not points:
                 continue
             at, values, low, high = (list(column) for column in zip(*points, strict=True))
             xs |= set(at)
+            if len(at) == 1:  # side by side, or the intervals of all models would lie on one line
+                at = [at[0] * 2 ** (0.15 * (place - (len(summaries) - 1) / 2))]
             filled = colour if line == "-" else "white"
             ax.plot(at, values, line, color=colour, marker=marker, ms=5, lw=1.6, mfc=filled)
             if len(at) == 1:
@@ -89,6 +94,8 @@ def _curves(
                 ax.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
     ax.set_xscale("log", base=2)
     ticks = sorted(xs)
+    if len(ticks) == 1:
+        ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
     ax.set_xticks(ticks[:: -(-len(ticks) // 8)])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -126,7 +133,7 @@ def _outcomes(ax: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> N
         left = 0.0
         for kind, share in summary.outcomes.items():
             ax.barh(i, share, left=left, height=0.55, color=OUTCOME_COLOURS[kind])
-            if share >= 0.07:
+            if share >= 0.1:
                 ax.text(left + share / 2, i, f"{100 * share:.0f} %", ha="center", va="center", fontsize=8.5)
             left += share
     _name_rows(ax, names)
@@ -137,7 +144,7 @@ def _outcomes(ax: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> N
 
 
 def _name_rows(ax: Axes, names: Sequence[str]) -> None:
-    ax.set_yticks(range(len(names)), [_shorten(name) for name in names])
+    ax.set_yticks(range(len(names)), [fill(name, ROW_WIDTH) for name in names])
     ax.set_ylim(len(names) - 0.4, -0.6)
 
 

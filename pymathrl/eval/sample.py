@@ -15,7 +15,7 @@ from pymathrl.batch import STOP_DEADLINE, STOP_LENGTH, STOP_NAMES, Rollout
 from pymathrl.errors import UserError
 from pymathrl.metrics import completion_stats, evaluate_samples
 from pymathrl.models import Policy
-from pymathrl.prompt import Prompts, encode
+from pymathrl.prompt import Prompts, encode, stop_strings
 from pymathrl.rollout import Draws, Engine
 from pymathrl.tasks import Grade, Problem, Task
 from pymathrl.verify.stage import ahead, verify
@@ -104,11 +104,6 @@ def encode_all(policy: Policy, task: Task, problems: Sequence[Problem], max_prom
             f"exceed {max_prompt_tokens} tokens"
         )
     return Prompts([p for p, _ in kept], [ids for _, ids in kept], too_long=len(encoded) - len(kept))
-
-
-def stop_strings(task: Task) -> tuple[str, ...]:
-    """The texts that end a response, of the task's prompt template; none for most."""
-    return getattr(getattr(task, "template", None), "stop", ())
 
 
 def count_cut_as_wrong(grade: Grade, stop: str) -> Grade:

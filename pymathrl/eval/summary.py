@@ -151,7 +151,8 @@ def summarize(
         return [(float(x), s.value, s.low, s.high) for x, s in known]
 
     curves = {
-        "pass@k": curve("pass@", curve_ks), "maj@k": curve("pass@", [1]) + curve("maj@", curve_ks),  # 1: a vote of one
+        "pass@k": curve("pass@", curve_ks),
+        "maj@k": curve("pass@", [1]) + curve("maj@", curve_ks) if n > 1 else [],  # pass@1: a vote of one
         "within": curve("within/", budgets), "stated": curve("stated/", budgets),
     }  # fmt: skip
     asked = {1, *ks}

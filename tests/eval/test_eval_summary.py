@@ -196,7 +196,7 @@ def test_numbers_as_text():
 
 def test_picture_of_few_and_of_many():
     one = summary_of(rows_of("A"))
-    names = [(f"model-{m}-{'x' * 40}", task) for m in range(7) for task in ("one", "two")]
+    names = [(f"model-{m}-{'x' * 40}", task) for m in range(3) for task in ("one", "two")]
     many = [summary_of(rows_of("AB", "BA"), ks=(1, 2), model=model, name=task) for model, task in names]
     for summaries in ([one], many):
         png = draw(summaries)
