@@ -154,7 +154,7 @@ def answer(gold: str, other: str) -> bool | None:
 
 def test_symmetric_on_random_texts(texts):
     """Neighbours and, so that there are equal pairs, every text with itself written a little differently."""
-    plain = [t for t in texts if not any(mark in t for mark in "%$=<>") and "\\" not in t]
+    plain = [t for t in texts[::2] if not any(mark in t for mark in "%$=<>") and "\\" not in t]
     pairs = [*pairwise(plain)] + [(t, f" ({t}) ") for t in plain]
     verdicts = [(answer(a, b), answer(b, a)) for a, b in pairs]
     apart = [pair for pair, (v, w) in zip(pairs, verdicts, strict=True) if v != w]
