@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
+from functools import cache
+from itertools import chain
 
 from pymathrl.verify import nodes as t
 from pymathrl.verify import numeric, symbolic
@@ -26,6 +28,7 @@ from pymathrl.verify.readings import Assignments, Equation, Inequality, Reading,
 
 DEFAULT = Policy()
 STAGES = ("text", "kind", "exact", "numeric", "symbolic")  # the dearest one that was needed decides
+MAX_ITEMS = 60  # of a list whose items are not all plain numbers
 
 _UNDEFINED = frozenset(("undefined", "nan", "?", "unknown", "n/a", "null", "error", "indeterminate", "zoo", "..."))
 _WHOLE = re.compile(r"[-+]?\d{1,40}")
@@ -190,11 +193,10 @@ class _Comparison:
         found = self.trees(p, q)
         if found is False and self.cfg.percent and "%" in (x, y):
             self.reason = ""
-            hundredth = t.Num(Fraction(1, 100))
             if x == "%" and t.is_scalar(p):
-                return self.trees(t.Mul((p, hundredth)), q)
+                return self.trees(_hundredth(p), q)
             if y == "%" and t.is_scalar(q):
-                return self.trees(p, t.Mul((q, hundredth)))
+                return self.trees(p, _hundredth(q))
         return found
 
     def readings(self, a: Reading, b: Reading) -> bool | None:
@@ -241,13 +243,13 @@ class _Comparison:
     def equations(self, a: Equation, b: Equation) -> bool | None:
         """Whether left - right of one is a constant, not 0, times that of the other."""
         if not all(t.is_scalar(x) for x in (a.left, a.right, b.left, b.right)):
-            return self.both([self.values(a.left, b.left), self.values(a.right, b.right)])
+            return _all([self.values(a.left, b.left), self.values(a.right, b.right)])
         self.used("exact")
         try:
             p, q = (self.former.add(self.former.form(e.left), self.former.multiply(number(Fraction(-1)),
                     self.former.form(e.right)))[0] for e in (a, b))  # fmt: skip
         except (NoForm, Undefined):
-            return self.both([self.values(a.left, b.left), self.values(a.right, b.right)])
+            return _all([self.values(a.left, b.left), self.values(a.right, b.right)])
         return self.proportional(p, q) is not None or self.because("different equations")
 
     def proportional(self, p: Poly, q: Poly) -> Fraction | None:
@@ -341,7 +343,7 @@ class _Comparison:
             if sorted(a.names) != sorted(b.names):
                 return self.because("other variables")
             values = dict(zip(b.names, b.values, strict=True))
-            return self.both([self.values(v, values[n]) for n, v in zip(a.names, a.values, strict=True)])
+            return _all(self.values(v, values[n]) for n, v in zip(a.names, a.values, strict=True))
         given, other = (a, b) if isinstance(a, Assignments) else (b, a)
         assert isinstance(given, Assignments)
         if not isinstance(other, Value):
@@ -350,7 +352,7 @@ class _Comparison:
         if other.names and len(other.names) == len(given.names) and sorted(other.names) == sorted(given.names):
             if isinstance(node, t.Group) and len(node.items) == len(other.names):
                 by_name = dict(zip(other.names, node.items, strict=True))
-                return self.both([self.values(v, by_name[n]) for n, v in zip(given.names, given.values, strict=True)])
+                return _all(self.values(v, by_name[n]) for n, v in zip(given.names, given.values, strict=True))
             return self.because("other values")
         if other.names:
             return self.because("other variables")
@@ -360,7 +362,7 @@ class _Comparison:
         pairs = list(zip(given.names, given.values, strict=True))
         if given is b:  # a gold tuple has its variables in alphabetical order
             pairs.sort(key=lambda pair: pair[0])
-        return self.both([self.values(v, x) for (_, v), x in zip(pairs, items, strict=True)])
+        return _all(self.values(v, x) for (_, v), x in zip(pairs, items, strict=True))
 
     def systems(self, a: Reading, b: Reading) -> bool | None:
         parts = [list(r.parts) if isinstance(r, System) else [r] for r in (a, b)]
@@ -381,9 +383,9 @@ class _Comparison:
     def values(self, a: Node, b: Node) -> bool | None:
         if isinstance(a, t.Quantity) or isinstance(b, t.Quantity):
             return self.quantities(a, b)
-        if isinstance(a, t.Chain) or isinstance(b, t.Chain):
+        if _is_claim(a) or _is_claim(b):
             if isinstance(a, t.Chain) and isinstance(b, t.Chain) and a.ops == b.ops and a == read_node(a):
-                return self.both([self.values(x, y) for x, y in zip(a.sides, b.sides, strict=True)])
+                return _all(self.values(x, y) for x, y in zip(a.sides, b.sides, strict=True))
             if read(a) != Value(a) or read(b) != Value(b):
                 return self.readings(read(a), read(b))
             return self.because("different relations")
@@ -426,11 +428,11 @@ class _Comparison:
             if len(a.terms) != len(b.terms):
                 return self.because("ratios of different length")
             if (a.clock and b.clock) or any(self.is_zero(x) for x in (*a.terms, *b.terms)):
-                return self.both([self.values(x, y) for x, y in zip(a.terms, b.terms, strict=True)])
+                return _all(self.values(x, y) for x, y in zip(a.terms, b.terms, strict=True))
             pairs = [
                 (t.Mul((x, b.terms[0])), t.Mul((y, a.terms[0]))) for x, y in zip(a.terms[1:], b.terms[1:], strict=True)
             ]
-            return self.both([self.values(x, y) for x, y in pairs])
+            return _all(self.values(x, y) for x, y in pairs)
         ratio, other = (a, b) if isinstance(a, t.Ratio) else (b, a)
         assert isinstance(ratio, t.Ratio)
         if len(ratio.terms) != 2 or not t.is_scalar(other) or any(self.is_zero(x) for x in ratio.terms):
@@ -446,13 +448,13 @@ class _Comparison:
             if (len(a.rows), len(a.rows[0])) != (len(b.rows), len(b.rows[0])):
                 return self.because("other dimensions")
             pairs = zip(t.children(a), t.children(b), strict=True)
-            return self.both([self.values(x, y) for x, y in pairs])
+            return _all(self.values(x, y) for x, y in pairs)
         matrix, other = (a, b) if isinstance(a, t.Matrix) else (b, a)
         assert isinstance(matrix, t.Matrix)
         if len(matrix.rows) == len(matrix.rows[0]) == 1:
             return self.values(matrix.rows[0][0], other)
         if isinstance(other, t.Group) and len(matrix.rows[0]) == 1 and len(other.items) == len(matrix.rows):
-            return self.both([self.values(x[0], y) for x, y in zip(matrix.rows, other.items, strict=True)])
+            return _all(self.values(x[0], y) for x, y in zip(matrix.rows, other.items, strict=True))
         return self.because("a matrix and something else")
 
     def named_sets(self, a: Node, b: Node) -> bool | None:
@@ -465,17 +467,17 @@ class _Comparison:
             if isinstance(items, t.Items) and items.how != ",":
                 return self.sets(Value(a), Value(b))
         if isinstance(a, t.SetOp) and isinstance(b, t.SetOp) and a.op == b.op:
-            straight = self.both([self.values(a.left, b.left), self.values(a.right, b.right)])
+            straight = _all([self.values(a.left, b.left), self.values(a.right, b.right)])
             if straight is not False or a.op == "minus":
                 return straight
-            return self.both([self.values(a.left, b.right), self.values(a.right, b.left)])
+            return _all([self.values(a.left, b.right), self.values(a.right, b.left)])
         return a == b or self.because("different sets")
 
     def groups(self, a: Node, b: Node) -> bool | None:
         if isinstance(a, t.Group) and isinstance(b, t.Group):
             if len(a.items) != len(b.items):
                 return self.because("another number of components")
-            found = self.both([self.components(x, y) for x, y in zip(a.items, b.items, strict=True)])
+            found = _all(self.components(x, y) for x, y in zip(a.items, b.items, strict=True))
             if found is not False and len(a.items) == 2:
                 for x, y, end in ((a.left, b.left, a.items[0]), (a.right, b.right, a.items[1])):
                     if x != y and not rs.is_infinite(end):
@@ -483,10 +485,12 @@ class _Comparison:
             return found
         group, other = (a, b) if isinstance(a, t.Group) else (b, a)
         assert isinstance(group, t.Group)
+        if isinstance(other, t.Braces) and len(other.items) == 1:
+            return self.values(group, other.items[0])
         if isinstance(other, t.Items):
             pair = len(group.items) == 2 and (group.left, group.right) != ("(", ")")
             if not pair and len(group.items) == len(other.items) and other.how != "or":
-                return self.both([self.components(x, y) for x, y in zip(group.items, other.items, strict=True)])
+                return _all(self.components(x, y) for x, y in zip(group.items, other.items, strict=True))
             return self.because("a tuple and a list")
         return self.because("a tuple and something else")
 
@@ -505,48 +509,29 @@ class _Comparison:
         if any(isinstance(n, t.Literal) for n in (*x, *y)):
             if len(x) != len(y):
                 return self.because("different lists with dots")
-            return self.both([self.values(p, q) for p, q in zip(x, y, strict=True)])
+            return _all(self.values(p, q) for p, q in zip(x, y, strict=True))
         return self.matched(x, y, self.components)
 
     def matched(self, x: Sequence, y: Sequence, equal: Callable) -> bool | None:
         """Whether each item has an equal one on the other side."""
-        if len(x) > 60 or len(y) > 60:
-            if len(x) != len(y):
-                return self.because("another number of items")
-            if len(x) > 400:
-                raise TooLarge("a list too long")
-        table: dict[tuple[int, int], bool | None] = {}
-        verdict: bool | None = True
-        left = [self.fast_key(n) for n in x]
-        right = [self.fast_key(n) for n in y]
+        left, right = ([self.fast_key(n) for n in items] for items in (x, y))
         if None not in left and None not in right:
             self.used("exact")
             return set(left) == set(right) or self.because("different items")
-        for i, p in enumerate(x):
-            for j, q in enumerate(y):
-                table[i, j] = equal(p, q)
-        for size, other, at in ((len(x), len(y), lambda i, j: (i, j)), (len(y), len(x), lambda i, j: (j, i))):
-            for i in range(size):
-                row = [table[at(i, j)] for j in range(other)]
-                if True in row:
-                    continue
-                if None not in row:
-                    self.reason = ""
-                    return self.because("an item without an equal one")
-                verdict = None
+        if max(len(x), len(y)) > MAX_ITEMS:
+            raise TooLarge(f"more than {MAX_ITEMS} items")
+        found = cache(lambda i, j: equal(x[i], y[j]))
+        rows = (_any(found(i, j) for j in range(len(y))) for i in range(len(x)))
+        columns = (_any(found(i, j) for i in range(len(x))) for j in range(len(y)))
+        verdict = _all(chain(rows, columns))
         self.reason = ""
-        return verdict
+        return verdict if verdict is not False else self.because("an item without an equal one")
 
     @staticmethod
     def fast_key(node: object) -> Fraction | None:
         if isinstance(node, Value) and not node.names:
             node = node.node
         return node.value if isinstance(node, t.Num) and not node.places else None
-
-    def both(self, found: Sequence[bool | None]) -> bool | None:
-        if False in found:
-            return False
-        return None if None in found else True
 
     # --- single expressions ---
 
@@ -657,10 +642,41 @@ class _Comparison:
         return False
 
 
+def _all(found: Iterable[bool | None]) -> bool | None:
+    """False at the first False, else None where one is None."""
+    verdict: bool | None = True
+    for one in found:
+        if one is False:
+            return False
+        verdict = verdict and one
+    return verdict
+
+
+def _any(found: Iterable[bool | None]) -> bool | None:
+    """True at the first True, else None where one is None."""
+    verdict: bool | None = False
+    for one in found:
+        if one:
+            return True
+        verdict = None if one is None else verdict
+    return verdict
+
+
 def read_node(node: Node) -> Node | None:
     """The tree itself where `read` makes nothing else of it."""
     reading = read(node)
     return reading.node if isinstance(reading, Value) and not reading.names else None
+
+
+def _is_claim(node: Node) -> bool:
+    return isinstance(node, t.Chain) or (isinstance(node, t.Group) and isinstance(read(node), Assignments))
+
+
+def _hundredth(node: Node) -> Node:
+    """n / 100 of n %; a decimal stays one."""
+    if isinstance(node, t.Num):
+        return t.Num(node.value / 100, None if node.places is None else node.places + 2, node.digits)
+    return t.Mul((node, t.Num(Fraction(1, 100))))
 
 
 def _clock_text(node: Node) -> str | None:

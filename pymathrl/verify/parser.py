@@ -841,7 +841,7 @@ def _base(text: str) -> str:
 
 
 def _such_that(first: Node, condition: Node) -> Node:
-    if isinstance(first, t.Sym):
+    if isinstance(first, t.Sym) and first.name in t.symbols(condition):
         return condition
     if isinstance(first, t.Chain) and first.ops == ("in",) and first.sides[1] == t.Named("R"):
         return condition

@@ -64,6 +64,10 @@ def read(node: Node) -> Reading:
         return _chain(node)
     if isinstance(node, t.Items):
         return _items(node)
+    if isinstance(node, t.Group) and (node.left, node.right) == ("(", ")"):
+        found = _items(t.Items(node.items)) if any(isinstance(x, t.Chain) for x in node.items) else None
+        if isinstance(found, Assignments):  # (x = 1, y = 2)
+            return found
     if isinstance(node, t.Quantity):
         inner = read(node.value)
         if isinstance(inner, Value) and inner.names:  # "x = 5 cm" is read with the unit outside
@@ -176,7 +180,9 @@ def _items(items: t.Items) -> Reading:
         flat = t.Items(tuple(y for p in values for y in _spread(p.node)), items.how)
         if not any(names):
             return Value(flat)
-        if len(set(names)) == 1 or (names[0] and not any(names[1:])):
+        if len(set(names)) == 1:  # x = 1, x = 2: alternatives, no pair
+            return Value(replace(flat, how="or"), names[0])
+        if not any(names[1:]):
             return Value(flat, names[0])
         if all(len(n) == 1 for n in names) and len(set(names)) == len(names) and items.how != "or":
             return Assignments(tuple(n[0] for n in names), tuple(p.node for p in values))

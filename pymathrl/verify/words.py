@@ -55,7 +55,7 @@ _UNITS = {
     "N": "newton newtons", "Pa": "pascal pascals", "V": "volt volts", "A": "ampere amperes amp amps",
     "Hz": "hz hertz", "unit": "unit units u", "mol": "mol mole moles", "mi/h": "mph", "km/h": "kmh kph kmph",
     "person": "person persons people", "child": "child children", "man": "man men", "woman": "woman women",
-    "penny": "penny pennies pence", "mouse": "mouse mice", "tooth": "tooth teeth", "half": "halves",
+    "penny": "penny pennies pence", "mouse": "mouse mice", "tooth": "tooth teeth",
     "leaf": "leaf leaves", "die": "die dice", "vertex": "vertex vertices", "goose": "goose geese",
 }  # fmt: skip
 UNITS = {word: unit for unit, words in _UNITS.items() for word in words.split()}
@@ -127,10 +127,10 @@ def unit(text: str) -> str | None:
 
 def _one_unit(text: str) -> str | None:
     words = text.split()
-    if any(w.lower() in CHANGING for w in words):
+    lowered = [w.lower() for w in words]
+    if any(w.strip("().:'") in CHANGING or w in NUMBERS or w in SCALES for w in lowered):
         return None
     power = ""
-    lowered = [w.lower() for w in words]
     for square, p in ((("square", "sq", "sq.", "squared"), "^2"), (("cubic", "cu", "cubed"), "^3")):
         if any(w in square for w in lowered) and len(words) > 1:
             words = [w for w in words if w.lower() not in square]
