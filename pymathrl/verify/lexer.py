@@ -102,6 +102,7 @@ class _Lexer:
         self.depth = 0  # of brackets: inside them a comma separates
         self.grouped = [False]  # of each bracket: tight commas are thousands marks
         self.spaced = False
+        self.listed = bool(re.search(r"\d,(?=\d)(?!\d{3}(?!\d))", text))  # "27,54,108": "," separates
         # "(1,000, 2,000)": where ", " separates, "," does not
         self.thousands = bool(
             re.search(r"\d,\d{3}(?!\d)", text) and re.search(r", ", text) and not re.search(r",(?! |\d{3}(?!\d))", text)
@@ -140,7 +141,7 @@ class _Lexer:
             whole, fixed, block = (x for x in repeating.groups() if x is not None)
             self.add("n", f"{whole or 0}.{fixed}({block})")
             return repeating.end()
-        grouped = (_PROTECTED if self.depth and not self.grouped[-1] else _GROUPED).match(text, i)
+        grouped = (_PROTECTED if self.listed or (self.depth and not self.grouped[-1]) else _GROUPED).match(text, i)
         if grouped and self.fits(grouped):
             self.add("n", _SEPARATOR.sub("", grouped[0]))
             return self.ordinal(grouped.end())

@@ -50,6 +50,7 @@ _SPACING = re.compile(
 )
 _DELIMITED = re.compile(r"\\(?:left|right|middle|[bB]igg?[lr]?)\s*\.")
 _MARKDOWN = ("**", "__", "```", "`", "*")
+_BOLD_LABEL = re.compile(r"(?<!\S)\*\*([A-Za-z][A-Za-z ]*:)\*\*(?=\s|\$|$)")  # "**Answer:** 58"
 _PERIOD = re.compile(r"(?:(?:\s|\\[,;! ]|\\quad|\\qquad|~)*\.)+$")
 _BOX = re.compile(r"\\(?:boxed|fbox|mathbf|mathrm|mathit|mathsf|boldsymbol|bm|textbf|textit|emph|underline|tag)\s*\{")
 _QUOTES = (('"', '"'), ("``", "''"), ("'", "'"))
@@ -80,6 +81,7 @@ def normalize(text: str) -> str:
         text = _MATH.sub(" ", text)
     if "{" in text:
         text = _BRACED_SIGN.sub(r"\1", text)
+    text = _BOLD_LABEL.sub(r"\1", text)
     if "$" in text:
         text = _dollars(text)
     while True:

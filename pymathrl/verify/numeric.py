@@ -138,11 +138,13 @@ def _gap(a: Node, b: Node, digits: int, point: Mapping[str, Fraction], real: boo
     x, y = evaluate(a), evaluate(b)
     scale, gap = max(abs(x), abs(y)), abs(x - y)
     noise = m.mpf(10) ** (-digits + 20)
-    if gap <= scale * noise or scale < noise * noise:
+    rounding = max(scale, evaluate.largest) * noise
+    if gap > (rounding if digits == MORE else rounding * 10**10):
+        return DIFFER
+    if gap <= scale * noise:
         return AGREE
-    if digits == DIGITS and gap < m.mpf(10) ** (-digits // 2) * max(scale, 1):
-        return UNKNOWN
-    return AGREE if scale < noise else DIFFER  # both are 0 but for rounding
+    # what is left is the rounding of what cancelled, or of a 0
+    return AGREE if digits == MORE and rounding < m.mpf(10) ** -AGREE_DIGITS * max(scale, 1) else UNKNOWN
 
 
 def value(node: Node, digits: int = DIGITS, budget: Budget | None = None) -> Any:
@@ -156,6 +158,7 @@ class _Evaluator:
     def __init__(self, m: Any, point: Mapping[str, Fraction], real: bool, budget: Budget) -> None:
         self.m, self.point, self.real, self.budget = m, dict(point), real, budget
         self.price = 1 + m.dps // 100  # of one step
+        self.largest = m.mpf(0)  # term of a sum or argument of a function: what rounds
 
     def __call__(self, node: Node) -> Any:
         m = self.m
@@ -174,7 +177,7 @@ class _Evaluator:
             case t.Sym(name):
                 raise Outside(name)
             case t.Add(x):
-                return m.fsum(self(a) for a in x)
+                return m.fsum(self.noted([self(a) for a in x]))
             case t.Mul(x):
                 return m.fprod(self(a) for a in x)
             case t.Pow(base, exponent):
@@ -191,8 +194,12 @@ class _Evaluator:
                 return self.series(name, body, index, self(low), self(high))
             case t.Call(name, args):
                 self.budget.spend(_PRICES.get(name, _PRICES["power"]) * self.price)
-                return _function(name, [self(a) for a in args], m, self.real)
+                return _function(name, self.noted([self(a) for a in args]), m, self.real)
         raise Outside(type(node).__name__)
+
+    def noted(self, values: list[Any]) -> list[Any]:
+        self.largest = max(self.largest, *map(abs, values))
+        return values
 
     def series(self, name: str, body: Node, index: str, first: Any, last: Any) -> Any:
         m = self.m

@@ -26,6 +26,7 @@ def proves_equal(a: Node, b: Node) -> bool:
         lambda d: sympy.expand(sympy.expand_trig(d)),
         lambda d: sympy.expand(d.rewrite(sympy.exp)) if d.has(HyperbolicFunction)
         else d,
+        lambda d: sympy.factor(d, deep=True),  # \sqrt{x^2-6x+9} is |x-3|
         sympy.trigsimp,
         sympy.radsimp,
         sympy.simplify,
