@@ -23,7 +23,7 @@ from pymathrl.errors import UserError, nearest
 from pymathrl.ops.aggregation import MODES
 from pymathrl.ops.policy_loss import KLS, LEVELS
 from pymathrl.options import CommandParser, at_least, convert, flag, option, positive, value_type
-from pymathrl.tasks import OPTION_HELP, TASKS, convert_option, task_options
+from pymathrl.tasks import OPTION_HELP, TASK_HELP, convert_option, task_options
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class TrainConfig:
     """The options of every run. See `--help` for meaning and unit of each."""
 
     model: str = option("builtin:tiny", "a folder in the Hugging Face layout, a hub name (org/name), or builtin:tiny")
-    task: str = option("countdown", f"a task ({', '.join(TASKS)}) or a problem file PATH.jsonl")
+    task: str = option("countdown", TASK_HELP)
     steps: int = at_least(0, 200, "rollout-and-update steps")
     out: str | None = option(None, "run directory, made if absent [runs/ALGO-TASK-seedS]")
     seed: int = at_least(0, 0, "fixes every random number of the run: problems, tokens, order")
@@ -203,7 +203,7 @@ def parse_train(argv: list[str] | None = None) -> Run:
         raise UserError(f"--algo: unknown algorithm {name!r}; {nearest(str(name), REGISTRY)}")
     algos = [REGISTRY[name]] if name else list(REGISTRY.values())
     task = known.task or file.get("task") or saved.get("task") or _default("task")
-    task_defaults = {} if helping and task not in TASKS else task_options(task)
+    task_defaults = task_options(task)
     parser = _parser(algos, task_defaults)
     given, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -19,7 +19,7 @@ from pymathrl.config import Run, TrainConfig
 from pymathrl.errors import UserError
 from pymathrl.learner import CriticLearner, Learner
 from pymathrl.models import Policy, load
-from pymathrl.prompt import Prompts, draw, encode, encode_prompt
+from pymathrl.prompt import Prompts, draw, encode, encode_prompt, stop_strings, system_of
 from pymathrl.rollout import Draws, Engine, Scored, Scores, score, walk
 from pymathrl.rollout.draws import SAMPLE_BITS
 from pymathrl.tasks import Problem, Task
@@ -96,6 +96,11 @@ class Context:
         c = self.train
         return Draws(c.samples_per_prompt, c.max_new_tokens, c.temperature, c.top_k, c.top_p, c.min_p, c.seed)
 
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The texts that end a response to a problem of the task beside the end token; none for most."""
+        return stop_strings(self.task)
+
     def draw(self, count: int) -> Prompts:
         """The next `count` problems of the task's stream."""
         prompts = draw(self.policy, self.task, cursor=self.at.cursor, count=count, seed=self.train.seed,
@@ -114,7 +119,8 @@ class Context:
     def encode(self, problem: Problem, note: str = "") -> list[int]:
         """The prompt of a problem as token ids, with a line of text below the question where one is given."""
         if note:
-            return encode_prompt(self.policy, noted(self.task, problem, self.policy.prompt_style, note))
+            text = noted(self.task, problem, self.policy.prompt_style, note)
+            return encode_prompt(self.policy, text, system_of(self.task))
         return encode(self.policy, self.task, problem)
 
     def tokens(self, text: str) -> list[int]:
@@ -125,8 +131,11 @@ class Context:
         self, prompts: Prompts, draws: Draws | None = None, *, uids: Tensor | None = None, **options: Any
     ) -> Rollout:
         """Responses to the prompts, `draws.samples` each. uids int64 [P*samples]: identities of the samples, where the
-        prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`."""
+        prompts of a call need different ones than `draws` gives. options: more arguments of `Engine.generate`; what
+        ends a response is by default what the task says."""
         d = draws or self.draws
+        if "stop_ids" not in options:
+            options.setdefault("stop_strings", self.stop_strings)
         options.setdefault("on_finished", ahead(prompts.problems, d.samples, self.task, self.policy.tokenizer))
         return self.engine.generate(
             prompts.ids,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pymathrl.errors import UserError
 from pymathrl.models import Policy
 from pymathrl.tasks import Problem, Task
+from pymathrl.tasks.questions import STATED
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ def system_of(task: Task) -> str:
     return getattr(task, "system", "")
 
 
+def stop_strings(task: Task) -> tuple[str, ...]:
+    """The texts that end a response, of the task's prompt template; none for most."""
+    return getattr(getattr(task, "template", None), "stop", ())
+
+
 def encode_prompt(policy: Policy, text: str, system: str = "") -> list[int]:
     """The ids of a prompt; under the style "chat" the template is put around it, as the user's message, after `system`
     if that is not empty. The other styles have no place for a system message."""
@@ -37,6 +43,19 @@ def encode_prompt(policy: Policy, text: str, system: str = "") -> list[int]:
         messages = [{"role": "system", "content": system}] if system else []
         text = policy.tokenizer.chat([*messages, {"role": "user", "content": text}])
     return policy.tokenizer.encode(text)
+
+
+def check_spelling(policy: Policy, task: Task, problem: Problem) -> None:
+    """UserError where the model's vocabulary cannot spell the prompt of a problem, or the form that an answer to it is
+    read from: such a model would be asked nothing, or earn nothing."""
+    read = "read its problems; choose another model or task"
+    try:
+        encode(policy, task, problem)
+        if hasattr(task, "check"):
+            read = "write an answer as it is read; choose another --task-answer (tag, for the built-in model) or model"
+            policy.tokenizer.encode(STATED[task.check(problem).mode].format(gold=1))
+    except UserError as error:
+        raise UserError(f"--task {task.name}: the model cannot {read}: {error}") from None
 
 
 def draw(policy: Policy, task: Task, *, cursor: int, count: int, seed: int, max_tokens: int) -> Prompts:

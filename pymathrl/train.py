@@ -47,9 +47,10 @@ from pymathrl.ops._call import WHY
 from pymathrl.ops.attention import PAGE, fused_attention
 from pymathrl.ops.policy_loss import STATS, merge_stats
 from pymathrl.options import run_command
+from pymathrl.prompt import check_spelling
 from pymathrl.report import plot_run
 from pymathrl.rollout.engine import PREFILL_ROWS
-from pymathrl.tasks import Task, load_task
+from pymathrl.tasks import Task, load_task, short_name
 from pymathrl.verify.stage import Tally
 
 EVAL_KS = (1, 8)
@@ -100,16 +101,20 @@ def train(run: Run) -> int:
     stages = tuple(replace(stage, train=fit_context(stage.train, policy)) for stage in stages)
     if config.prompt_style != "auto":
         policy = replace(policy, prompt_style=config.prompt_style)
+    for stage, task in zip(stages, tasks, strict=True):
+        if stage.train.steps:
+            check_spelling(policy, task, task.train(0, config.seed))
     policy.model.train()
     # before the optimizer makes masters, which are part of the plan
     memory = [plan_memory(stage.train, policy, device, stage.algo.trained_beside) for stage in stages]
     plan = describe(run, stages, policy, device, threads, memory)
+    plan += [f"data      {text}" for text in dict.fromkeys(n for task in tasks for n in getattr(task, "notes", ()))]
     if run.dry_run:
         print("\n".join(plan))
         return 0
     at, saved = Position(), dict[str, Any]()
     if run.resume is None:
-        out = new_run_dir(config.out, f"{run.algo.name}-{Path(config.task).stem}-seed{config.seed}")
+        out = new_run_dir(config.out, f"{run.algo.name}-{short_name(config.task)}-seed{config.seed}")
     else:
         out = run.resume
         if checkpoint is not None:

@@ -43,8 +43,9 @@ stamp() {
 }
 
 case $venv in /*) ;; *) fail "PYMATHRL_VENV must be an absolute path, got $venv" ;; esac
+known=$(sed -n '/^\[project.optional-dependencies\]/,/^\[tool/s/^\([a-z]*\) = \[.*/\1/p' pyproject.toml)
 for name in "$@"; do
-  grep -q "^$name = \[" pyproject.toml || fail "pyproject.toml has no optional dependencies called '$name'; it has test and bench"
+  grep -qx "$name" <<<"$known" || fail "pyproject.toml has no optional dependencies called '$name'; it has $(paste -sd' ' <<<"$known")"
 done
 if [ -x "$venv/bin/python" ] && [ "$(cat "$venv/pymathrl.stamp" 2>/dev/null || true)" = "$(stamp)" ]; then
   exit 0

@@ -83,7 +83,8 @@ def branch(ctx: Context, first: Rollout, cuts: Sequence[int], prompts: Prompts, 
     named = replace(draws, samples=branches, first=numbers)
     new = ctx.engine.generate(
         ids, branches, [draws.max_new_tokens - cut for cut in cuts],
-        uids=named.uids([prompts.problems[p] for p in row_problem]), seed=draws.seed, **draws.sampling,
+        uids=named.uids([prompts.problems[p] for p in row_problem]), seed=draws.seed,
+        stop_strings=ctx.stop_strings, **draws.sampling,
     )  # fmt: skip
     prompt_len = new.prompt_len - torch.tensor(cuts, device=new.device).repeat_interleave(branches)
     position = torch.arange(new.tokens, device=new.device) - new.per_token(new.offsets[:-1])

@@ -136,7 +136,10 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
         for seq, reason in going:
             engine.append(seq, early if reason == "string" else late)
         if going:
-            engine.segment([seq for seq, _ in going], own.answer_tokens, seed=draws.seed, **draws.sampling)
+            answering = [seq for seq, _ in going]
+            engine.segment(
+                answering, own.answer_tokens, seed=draws.seed, stop_strings=ctx.stop_strings, **draws.sampling
+            )
         ctx.metrics["cot/stopped"] = why.count("string") / len(why)
         group = torch.arange(len(roots)).repeat_interleave(draws.samples)
         return engine.rollout(rows, group.tolist())

@@ -63,7 +63,9 @@ def rollout(ctx: Context, prompts: Prompts, draws: Draws) -> Rollout:
         reword = random.Random(f"vogue {seed} {uid}").random() < share
         other = ctx.encode(other_wording(ctx, problem, uid)) if reword else plain
         ids.append(other if len(other) <= ctx.train.max_prompt_tokens else plain)
-    drawn = ctx.engine.generate(ids, 1, draws.max_new_tokens, uids=uids, seed=draws.seed, **draws.sampling)
+    drawn = ctx.engine.generate(
+        ids, 1, draws.max_new_tokens, uids=uids, seed=draws.seed, stop_strings=ctx.stop_strings, **draws.sampling
+    )
     return replace(drawn, group=drawn.group // draws.samples)
 
 

@@ -41,7 +41,7 @@ from pymathrl.models import Policy, load
 from pymathrl.options import CommandParser, run_command
 from pymathrl.prompt import Prompts, stop_strings
 from pymathrl.rollout import Draws, Engine
-from pymathrl.tasks import Problem, Task, convert_option, load_task, task_options
+from pymathrl.tasks import TASK_HELP, Problem, Task, convert_option, load_task, task_options
 
 LINE_S = 15.0  # between two lines of progress where standard error is no terminal
 SAMPLED_WEIGHTS = 64  # of each parameter, for the fingerprint
@@ -64,8 +64,7 @@ def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, action="append", help="a folder in the Hugging Face layout (a checkpoint), a hub "
         "name, or builtin:tiny; several: again, or comma-separated, compared with the first")  # fmt: skip
-    add("--task", action="append", help="a task, a data set or a problem file, all rows of it; several: again, or "
-        "comma-separated [countdown]")  # fmt: skip
+    add("--task", action="append", help=f"{TASK_HELP}; several: again, or comma-separated [countdown]")
     add("--split", help="of a file: all rows, or held-out: the eighth that no training of this package ever sees [all]")
     add("--problems", type=int, help="held-out problems [1024 generated ones, or every row of a file]")
     add("--n", type=int, default=64, help="responses sampled per problem [64]")

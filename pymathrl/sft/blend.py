@@ -15,6 +15,7 @@ from typing import Protocol
 
 from pymathrl.errors import UserError, nearest
 from pymathrl.models import Policy
+from pymathrl.prompt import system_of
 from pymathrl.sft.rows import TEMPLATES, Example, exchange, join, read_row
 from pymathrl.tasks import Task
 from pymathrl.tasks.jsonl import read_objects, shuffled
@@ -94,7 +95,7 @@ class Solutions:
         text = self.task.solution(problem, random.Random(seed * SEED_STEP + index))
         style = self.policy.prompt_style
         opened = "<think>" + text if style == "chat" else text
-        example = join(exchange(self.policy, self.task.prompt(problem, style), opened))
+        example = join(exchange(self.policy, self.task.prompt(problem, style), opened, system_of(self.task)))
         return example if example.ids.numel() <= self.max_tokens else None
 
 

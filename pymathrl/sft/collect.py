@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pymathrl.batch import STOP_LENGTH
-from pymathrl.prompt import Prompts
+from pymathrl.prompt import Prompts, stop_strings, system_of
 from pymathrl.rollout import Draws, Engine
 from pymathrl.sft.accept import Rules, Trace, choose
 from pymathrl.sft.retro import Attempt, Retro, revise
@@ -17,7 +17,8 @@ from pymathrl.verify.stage import grade, verify
 
 @dataclass(frozen=True)
 class Collected:
-    """rows: {"prompt", "response", "question", "answer", "tokens"} each; metrics: numbers of the round."""
+    """rows: {"prompt", "response", "question", "answer", "tokens"} each, and "system" where the task has a message for
+    it; metrics: numbers of the round."""
 
     rows: list[dict[str, Any]]
     metrics: dict[str, Any]
@@ -42,11 +43,13 @@ def collect(
     begun = policy.tokenizer.encode(hint) if hint else []
     greedy = [False] * len(problems)
     if rules.accept == "beyond-greedy":
-        plain = engine.generate(prompts.ids, 1, draws.max_new_tokens, temperature=0.0)
+        plain = engine.generate(
+            prompts.ids, 1, draws.max_new_tokens, temperature=0.0, stop_strings=stop_strings(task)
+        )
         greedy = verify(plain, problems, task, policy.tokenizer).correct.tolist()
     rollout = engine.generate(
         [[*ids, *begun] for ids in prompts.ids], draws.samples, draws.max_new_tokens, uids=draws.uids(problems),
-        seed=draws.seed, **draws.sampling,
+        seed=draws.seed, stop_strings=stop_strings(task), **draws.sampling,
     ).cpu()  # fmt: skip
     cut = (rollout.stop == STOP_LENGTH).tolist()
     responses = [tuple(rollout.response(row).tolist()) for row in range(rollout.rows)]
@@ -75,9 +78,11 @@ def collect(
         revise(engine, task, kept, retro, draws, hint)
         metrics |= {"revised": sum(a.replaced > 0 for a in kept), "tokens_before": before,
                     "tokens_after": sum(len(a.ids) for a in kept)}  # fmt: skip
+    system = {"system": text} if (text := system_of(task)) else {}
     rows = [
-        {"prompt": task.prompt(a.problem, policy.prompt_style), "response": hint + policy.tokenizer.decode(a.ids),
-         "question": a.problem.question, "answer": a.problem.answer, "tokens": len(begun) + len(a.ids),
+        {**system, "prompt": task.prompt(a.problem, policy.prompt_style),
+         "response": hint + policy.tokenizer.decode(a.ids), "question": a.problem.question,
+         "answer": a.problem.answer, "tokens": len(begun) + len(a.ids),
          **({"revised": a.replaced} if retro is not None else {})}
         for a in kept
     ]  # fmt: skip

@@ -15,7 +15,7 @@ from pymathrl.options import CommandParser, at_least, convert, flag, option, pos
 from pymathrl.sft.accept import ACCEPT, Rules
 from pymathrl.sft.blend import parse_data
 from pymathrl.sft.retro import Retro
-from pymathrl.tasks import TASKS, convert_option, task_options
+from pymathrl.tasks import TASK_HELP, convert_option, task_options
 
 MODES = {
     "sft": "cross-entropy on the responses of --data, or on the task's own worked solutions",
@@ -43,7 +43,7 @@ class SftConfig:
         None, "rows: FILE.jsonl[:WEIGHT][:mcq|open], comma-separated; no weights = all rows equally often"
     )
     task: str | None = option(
-        None, f"to evaluate on, and to sample in rft: a task ({', '.join(TASKS)}) or PATH.jsonl [countdown if needed]"
+        None, f"to evaluate on, and to sample in rft: {TASK_HELP} [countdown if needed]"
     )  # fmt: skip
     steps: int = at_least(0, 200, "optimizer steps, in mode rft of each round")
     epochs: int = at_least(0, 0, "passes over the rows of --data, in the place of --steps; 0 = as --steps says")
@@ -175,7 +175,7 @@ def parse_sft(argv: list[str] | None = None) -> SftRun:
     task = early.get("task")
     if task is None and (early.get("mode") == "rft" or not early.get("data")):
         task = "countdown"
-    defaults = {} if task is None or (helping and task not in TASKS) else task_options(task)
+    defaults = {} if task is None else task_options(task)
     parser = _parser(defaults)
     given, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pymathrl.batch import STOP_EOS, STOP_STRING, Rollout
 from pymathrl.models import Policy, Tokenizer
+from pymathrl.prompt import stop_strings
 from pymathrl.rollout import Draws, Engine
 from pymathrl.rollout.draws import MAX_SAMPLES
 from pymathrl.rollout.engine import Hook
@@ -99,10 +100,12 @@ def revise(engine: Engine, task: Task, attempts: Sequence[Attempt], retro: Retro
         on = [i for i, why in enumerate(first.stop.tolist()) if why == STOP_STRING and room[i] > 0]
         if on:
             begun = [heads[i] + written[i] for i in on]
-            rest = _write(engine, [todo[i] for i in on], begun, draws, 2 * thought + 2)
+            rest = _write(
+                engine, [todo[i] for i in on], begun, draws, 2 * thought + 2, strings=stop_strings(task)
+            )
             for row, i in enumerate(on):
                 written[i] += rest.response(row).tolist()
-                ended[i] = int(rest.stop[row]) == STOP_EOS
+                ended[i] = int(rest.stop[row]) in (STOP_EOS, STOP_STRING)
         for a, head, new, done in zip(todo, heads, written, ended, strict=True):
             ok = done and task.grade(a.problem, hint + decode(head + new)).correct
             if retro.value(decode(new), ok) > retro.value(decode(a.ids[len(head) :]), True):

@@ -72,11 +72,12 @@ def pack(examples: Sequence[Example], device: torch.device) -> tuple[Rollout, Te
 # --- segments ---------------------------------------------------------------------------------------------------------
 
 
-def exchange(policy: Policy, prompt: str, response: str) -> list[Segment]:
-    """A prompt as the policy is asked at generation, and a response with the end token that closes it."""
+def exchange(policy: Policy, prompt: str, response: str, system: str = "") -> list[Segment]:
+    """A prompt as the policy is asked at generation, after a system message if there is one, and a response with the
+    end token that closes it."""
     reply = policy.tokenizer.encode(response)
     closed = reply[-1:] and reply[-1] in policy.eos_ids
-    return [(encode_prompt(policy, prompt), False), (reply if closed else [*reply, end_id(policy)], True)]
+    return [(encode_prompt(policy, prompt, system), False), (reply if closed else [*reply, end_id(policy)], True)]
 
 
 def conversation(policy: Policy, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> list[Segment]:
@@ -192,8 +193,8 @@ def read_row(
     """(the example of a row, ""), or (None, why it is left out). UserError, with file and line, for a bad row.
 
     mode "cft": {"question", "solution", "critique"}. Otherwise {"messages": [{"role", "content"}, ..]}, or {"prompt" or
-    "question", "response" or "answer"}, with {"options"} a multiple-choice question under a template. "weight" is
-    optional in all.
+    "question", "response" or "answer"}, with a "system" message where a chat model is to read one; with {"options"} a
+    multiple-choice question under a template. "weight" is optional in all.
     """
     weight = item.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
@@ -213,7 +214,8 @@ def read_row(
             segments = exchange(policy, asked[0], response)
         else:
             prompt = text_of(path, line, item, "prompt", "question")
-            segments = exchange(policy, prompt, text_of(path, line, item, "response", "answer"))
+            system = text_of(path, line, item, "system") if "system" in item else ""
+            segments = exchange(policy, prompt, text_of(path, line, item, "response", "answer"), system)
     except UserError as error:
         raise error if str(error).startswith(f"{path}, line") else UserError(f"{path}, line {line}: {error}") from None
     return join(segments, float(weight)), ""

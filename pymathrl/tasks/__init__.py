@@ -24,12 +24,14 @@ __all__ = [
     "DATASETS",
     "OPTION_HELP",
     "TASKS",
+    "TASK_HELP",
     "Check",
     "Grade",
     "Problem",
     "Task",
     "convert_option",
     "load_task",
+    "short_name",
     "task_options",
 ]
 
@@ -77,6 +79,13 @@ class Task(Protocol):
 
 TASKS: dict[str, Callable[..., Task]] = {"countdown": countdown, "arithmetic": Arithmetic}
 
+# What --help says of --task.
+TASK_HELP = (
+    f"a task ({', '.join(TASKS)}); a family of generated problems (synth:chain_sum, of reasoning-gym rg:chain_sum); a "
+    f"data set ({', '.join(DATASETS)}), also NAME-PART, and NAME:PATH for files of one's own; or the path of a file "
+    "with questions and answers"
+)
+
 # What --help says of each option of `task_options`.
 OPTION_HELP = {
     "nmin": "fewest numbers of a problem",
@@ -123,6 +132,14 @@ def load_task(name: str | Path, /, **options: Any) -> Task:
             raise UserError(f"task {name}: unknown option {option!r}: {nearest(option, known)}")
     values = {key: _convert(f"task {name}: {key}", known[key].annotation, value) for key, value in options.items()}
     return build(*arguments, **values)
+
+
+def short_name(name: str | Path) -> str:
+    """What a folder may be called after a task: "gsm8k", "rg-chain_sum", or the name of a file without its suffix."""
+    head, colon, rest = str(name).partition(":")
+    if not colon or os.sep in head:
+        return Path(name).stem
+    return head if head in data_set_names() else f"{head}-{rest}"
 
 
 def task_options(name: str | Path) -> dict[str, Any]:
