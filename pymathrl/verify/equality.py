@@ -33,7 +33,7 @@ MAX_ITEMS = 60  # of a list whose items are not all plain numbers
 _UNDEFINED = frozenset(("undefined", "nan", "?", "unknown", "n/a", "null", "error", "indeterminate", "zoo", "..."))
 _WHOLE = re.compile(r"[-+]?\d{1,40}")
 _LETTER = re.compile(r"\(?\s*([A-Ja-j])\s*\)?\s*[.):]?")
-_LETTER_AND_MORE = re.compile(r"(?:\(\s*([A-J])\s*\)\s*[.:]?|([A-J])\s*[.):])\s*(\S.*)", re.DOTALL)
+_LETTER_AND_MORE = re.compile(r"(?:\(\s*([A-J])\s*\)\s*[.:]?|([A-J])\s*[.):])\s*([^\s^!_].*)", re.DOTALL)
 _OTHER_CHOICE = re.compile(r"(?:^|[\s(])[A-J]\s*[.)]|\b(?:or|and)\b|\bnot\b")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
@@ -46,7 +46,7 @@ _LETTER_RUN = re.compile(r"[^\W\d_]{2}|^\W*[^\W\d_]\W*$")
 _BLANK = re.compile(r"(?<!\d) | (?!\d)")
 _LIST_OF_WORDS = re.compile(r"\s*(?:,|;|\band\b)\s*")
 _NOT_A_WORD = re.compile(r"[^\w%$<>=+*/^|-]+")
-_ARTICLE = re.compile(r"^(?:(?:so |thus |hence |therefore )?(?:the )?(?:final )?(?:correct )?answer(?: is)?:? )")
+_ARTICLE = re.compile(r"^(?:(?:so |thus |hence |therefore )?(?:the )?(?:final )?(?:correct )?(?:answer|option|choice)(?: is)?:? )")
 
 
 def decide(gold: str, answer: str, cfg: Policy = DEFAULT, *, symbolic: bool) -> Verdict | None:

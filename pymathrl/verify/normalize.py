@@ -146,11 +146,11 @@ def _dollars(text: str) -> str:
     marks = list(_BARE_DOLLAR.finditer(text))
     if not marks:
         return text
-    amounts = [bool(re.match(r"\s*[\d.]", text[m.end() :])) for m in marks]
+    amounts = [bool(re.match(r"\s*\.?\d", text[m.end() :])) for m in marks]
     if len(marks) % 2 == 1 or (all(amounts) and len(marks[0][0]) == 1):
         if any(amounts):
             return _BARE_DOLLAR.sub(
-                lambda m: r"\$" if re.match(r"\s*[\d.]", text[m.end() : m.end() + 8]) else " ", text
+                lambda m: r"\$" if re.match(r"\s*\.?\d", text[m.end() : m.end() + 8]) else " ", text
             )
         if len(marks) == 1 and re.search(r"\d\s*$", text[: marks[0].start()]):
             return text.replace("$", r"\$")  # "18$"

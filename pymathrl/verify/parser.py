@@ -153,11 +153,13 @@ class _Parser:
     def skip_leading(self) -> None:
         """Words before the value: "the answer is 58", "Area = 12"."""
         end, words = 0, ""
-        while self.tokens[end].kind in "tw" or (self.tokens[end].kind == "l" and self.tokens[end].text in ("a", "A")):
+        while self.tokens[end].kind in "tw" or (
+            self.tokens[end].kind == "l" and self.tokens[end].text in ("a", "A") and self.tokens[end + 1].kind in "tw"
+        ):
             words += " " + self.tokens[end].text
             end += 1
         listed = [w.strip(".,:;'\"*") for w in words.lower().split()]
-        if not listed or self.tokens[end] is _END or listed == ["a"]:
+        if not listed or self.tokens[end] is _END:
             return
         if self.tokens[0].text.lower() in SCALES:
             return
@@ -359,7 +361,11 @@ class _Parser:
             elif self.accept("/"):
                 negative = self.accept("-", "+") == "-"
                 factor = self.power()
-                factors.append(t.Pow(t.negate(factor) if negative else factor, t.MINUS_ONE))
+                factor = t.negate(factor) if negative else factor
+                if isinstance(factor, t.Quantity):  # 270/7^\circ
+                    factors.append(t.Quantity(t.Pow(factor.value, t.MINUS_ONE), factor.unit))
+                else:
+                    factors.append(t.Pow(factor, t.MINUS_ONE))
             elif self.token.kind == "w" and self.token.text.lower() in SCALES:
                 factors.append(t.Num(Fraction(SCALES[self.token.text.lower()])))
                 self.at += 1
@@ -422,15 +428,11 @@ class _Parser:
                 exponent = self.python_exponent()
             else:
                 self.at += 1
-                if self.accept("circ"):
-                    base = t.Quantity(base, "deg")
-                    continue
-                if self.has("{") and self.ahead().text == "circ" and self.ahead(2).text == "}":
-                    self.at += 3
-                    base = t.Quantity(base, "deg")
-                    continue
-                if self.accept("'"):
-                    base = self.primed(base)
+                braced = self.has("{") and self.ahead(2).text == "}"
+                mark = self.ahead() if braced else self.token
+                if mark.kind == "o" and mark.text in ("circ", "'"):
+                    self.at += 3 if braced else 1
+                    base = t.Quantity(base, "deg") if mark.text == "circ" else self.primed(base)
                     continue
                 exponent = self.exponent()
             base = self.postfix(t.Pow(_plain(base), exponent))
