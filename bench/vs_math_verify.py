@@ -613,6 +613,7 @@ def main() -> int:
     if args.quick:
         args.pairs, args.chunk, args.guard, hangs = 220, 44, 3.0, HANG_LIST[:3] + HANG_LIST[-1:]
     print(f"{_processor()} | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    load = os.getloadavg()[0]  # in the result: how busy the machine was, 1 is this process alone
     grade(make_pairs(WARM_PAIRS, args.seed + 1), WARM_PAIRS)
     pairs = make_pairs(args.pairs, args.seed)
     mix = report_pairs(pairs, grade(pairs, args.chunk), args.show)
@@ -621,6 +622,7 @@ def main() -> int:
         "bench": "vs_math_verify",
         "machine": _processor(),
         "seed": args.seed,
+        "load": max(load, os.getloadavg()[0]),
         **found,
         "mix": mix,
         "hang_list": hang,
