@@ -32,7 +32,7 @@ from pymathrl.options import CommandParser, convert, flag, run_command
 from pymathrl.tasks.jsonl import fail, read_objects
 from pymathrl.verify.extract import MODES, extract
 from pymathrl.verify.policy import Policy, Result
-from pymathrl.verify.pool import VerifierPool
+from pymathrl.verify.pool import VerifierPool, result_of
 
 AHEAD = 1024  # rows of a file that are being decided at a time
 SHOWN = 48  # characters of a gold or an answer in a line of the table
@@ -72,12 +72,7 @@ def ask(pool: VerifierPool, case: Case) -> Callable[[], Result]:
         result = Result(float(answer is not None), answer, reason, EXTRACTED)
         return lambda: result
     verdict = pool.decide(case.golds, answer, case.cfg)
-
-    def wait() -> Result:
-        v = verdict.result()
-        return Result(float(v.equal), answer, v.reason, v.stage)
-
-    return wait
+    return lambda: result_of(answer, verdict.result())
 
 
 def agrees(case: Case, result: Result) -> bool:

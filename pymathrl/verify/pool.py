@@ -96,6 +96,9 @@ class VerifierPool:
         answer = extract(response, mode)
         if answer is None:
             return _done(Result(0.0, None, "no answer", "extract"))
+        verdict = self.decide(gold, answer, cfg)
+        if verdict.done() and verdict.exception() is None:
+            return _done(result_of(answer, verdict.result()))
         out: Future[Result] = _pending()
 
         def finish(verdict: Future[Verdict]) -> None:
@@ -103,10 +106,9 @@ class VerifierPool:
             if error is not None:
                 out.set_exception(error)
             else:
-                v = verdict.result()
-                out.set_result(Result(float(v.equal), answer, v.reason, v.stage))
+                out.set_result(result_of(answer, verdict.result()))
 
-        self.decide(gold, answer, cfg).add_done_callback(finish)
+        verdict.add_done_callback(finish)
         return out
 
     def decide(self, gold: str | Sequence[str], answer: str, cfg: Policy = DEFAULT) -> Future[Verdict]:
@@ -190,6 +192,11 @@ class VerifierPool:
 def shared_pool() -> VerifierPool:
     """The pool of this process for all who have none of their own; it has half of the cores, at most 8."""
     return VerifierPool(workers=max(1, min(8, len(os.sched_getaffinity(0)) // 2)))
+
+
+def result_of(answer: str, verdict: Verdict) -> Result:
+    """The grade of a response that states `answer`."""
+    return Result(float(verdict.equal), answer, verdict.reason, verdict.stage)
 
 
 def _pending() -> Future[T]:
