@@ -1,5 +1,5 @@
 """Thousands of answers made to hang, crash or leak, one after the other. PYMATHRL_SOAK is how many [1000]; 50000 take
-about half an hour on a core."""
+about a quarter of an hour on a core."""
 
 import gc
 import os
