@@ -6,29 +6,18 @@ it states one answer that can be compared exactly: a number or a formula by its 
 
 import dataclasses
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 from pymathrl.errors import UserError, nearest
-from pymathrl.tasks.holdout import TEST_SEED, is_held_out
+from pymathrl.tasks.generated import Generated, checked_template, grade_text
 from pymathrl.tasks.problem import Check, Grade, Problem
-from pymathrl.tasks.questions import (
-    ANSWERS,
-    FILE_TEMPLATES,
-    MAX_FORMAT_SCORE,
-    STATED,
-    WORDINGS,
-    grade_equal,
-    without_clothes,
-)
-from pymathrl.tasks.templates import Template, find_template
-from pymathrl.verify import Result, verify
+from pymathrl.tasks.questions import grade_equal, without_clothes
+from pymathrl.verify import Result
 from pymathrl.verify.policy import Policy
 
 ITEMS = 2**31  # the seeds of a family's problems are drawn below this
-TEST_SIZE = 1_024  # problems in the test set, unless a caller asks for another number
-MAX_DRAWS = 2_000  # draws in a row without a new problem: the family holds no more
 
 # The answer is a number or a formula, compared by value.
 VALUE = (
@@ -73,74 +62,26 @@ _REASON = {family: reason for reason, families in REFUSED.items() for family in 
 
 
 @dataclass(frozen=True)
-class Gym:
-    """family: of reasoning-gym; settings: options of its configuration. The others are those of `questions`."""
+class Gym(Generated):
+    """A family of reasoning-gym; settings: options of its configuration."""
 
-    family: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    template_name: str = "qwen_boxed_user"
-    answer: str = "template"
-    format_score: float = 0.0
-    name: str = field(default="", init=False)
+    prefix: ClassVar[str] = "rg"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "name", f"rg:{self.family}")
+    def draw(self, uid: int, rng: random.Random) -> Problem:
+        return _draw(self, uid, rng.randrange(ITEMS))
 
-    @property
-    def template(self) -> Template:
-        return find_template(self.template_name, self.name)
-
-    @property
-    def system(self) -> str:
-        return self.template.system
-
-    def train(self, index: int, seed: int) -> Problem:
-        if self._mode == "last_number":
-            raise UserError(
-                f"{self.name}: the last number of a response is read in evaluations only; use answer='boxed'"
-            )
-        rng = random.Random(seed * 1_000_003 + index)
-        for _ in range(MAX_DRAWS):
-            problem = _draw(self, index, rng.randrange(ITEMS))
-            if not is_held_out(self._key(problem)):
-                return problem
-        raise UserError(f"{self.name}: no training problem in {MAX_DRAWS} draws; widen the family's options")
-
-    def test(self, n: int | None = None) -> list[Problem]:
-        return list(_test_problems(self, TEST_SIZE if n is None else n))
-
-    def prompt(self, problem: Problem, style: str) -> str:
-        return self.template.prompt(problem.question, style)
-
-    def reword(self, problem: Problem, rng: random.Random) -> Problem:
-        """With a sentence in front."""
-        return dataclasses.replace(problem, question=f"{rng.choice(WORDINGS)} {problem.question}")
+    def key(self, problem: Problem) -> str:
+        return f"{self.name}:{problem.question}"
 
     def check(self, problem: Problem) -> Check:
-        form = "reduced" if self.family == "fraction_simplification" else ""
-        return Check((problem.answer,), self._mode, Policy(require_form=form))
-
-    def grade(self, problem: Problem, response: str) -> Grade:
-        check = self.check(problem)
-        return self.grade_result(problem, response, verify(response, check.golds, check.mode, check.cfg))
+        # the value of many a question is the answer: "evaluated" is what is left for a model to do
+        return Check((problem.answer,), self.mode, Policy(require_form="evaluated" if self.family in VALUE else ""))
 
     def grade_result(self, problem: Problem, response: str, result: Result) -> Grade:
         if self.family in VALUE or result.extracted is None:
             return grade_equal(problem, result, self.format_score)
         fold = str.casefold if self.family in WORD else str
-        said = fold(without_clothes(result.extracted))
-        right = said == fold(problem.answer)
-        return Grade(float(right), right, result.extracted, said, "correct" if right else "another text")
-
-    def solution(self, problem: Problem, rng: random.Random) -> str:
-        return "</think>" + STATED[self._mode].format(gold=problem.answer)
-
-    @property
-    def _mode(self) -> str:
-        return self.template.mode if self.answer == "template" else ANSWERS[self.answer]
-
-    def _key(self, problem: Problem) -> str:
-        return f"{self.name}:{problem.question}"
+        return grade_text(fold(problem.answer), fold(without_clothes(result.extracted)), result)
 
 
 def gym_task(
@@ -158,13 +99,7 @@ def gym_task(
         raise UserError(f"task {name}: this family is not graded exactly: {_REASON[family]}; use another one")
     if family not in families:
         raise UserError(f"task {name}: unknown family: {nearest(family, families)}")
-    if answer not in ("template", *ANSWERS):
-        raise UserError(f"task {name}: expected answer in template, {', '.join(ANSWERS)}, got {answer!r}")
-    if not 0 <= format_score <= MAX_FORMAT_SCORE:
-        raise UserError(f"task {name}: format_score must be in [0, {MAX_FORMAT_SCORE}], got {format_score}")
-    if template == "auto":
-        template = FILE_TEMPLATES["boxed" if answer == "template" else answer]
-    find_template(template, f"task {name}")
+    template = checked_template(name, answer, template, format_score)
     task = Gym(family, _settings(name, family, settings), template, answer, format_score)
     _dataset(task, 0)  # what its configuration refuses is refused here
     return task
@@ -213,16 +148,3 @@ def _draw(task: Gym, uid: int, item: int) -> Problem:
     entry = _dataset(task, item)[0] if task.family in SEEDED else _dataset(task, 0)[item]
     answer = str(entry["answer"]).strip().strip("$")
     return Problem(uid, str(entry["question"]).strip(), answer, {"item": item})
-
-
-@lru_cache(maxsize=8)
-def _test_problems(task: Gym, n: int) -> tuple[Problem, ...]:
-    rng, problems, misses = random.Random(TEST_SEED), dict[str, Problem](), 0
-    while len(problems) < n and misses < MAX_DRAWS:
-        problem = _draw(task, len(problems), rng.randrange(ITEMS))
-        key = task._key(problem)
-        misses += 1
-        if key not in problems and is_held_out(key):
-            problems[key] = problem
-            misses = 0
-    return tuple(problems.values())

@@ -11,6 +11,7 @@ from pymathrl.errors import UserError
 from pymathrl.tasks import gym as module
 from pymathrl.tasks import load_task
 from pymathrl.tasks.gym import LITERAL, REFUSED, VALUE, WORD
+from pymathrl.tasks.holdout import is_held_out
 
 needs_gym = pytest.mark.skipif(
     not importlib.util.find_spec("reasoning_gym"),
@@ -64,6 +65,20 @@ def test_a_family_grades_its_own_answers(family):
 
 
 @needs_gym
+def test_the_question_is_no_answer():
+    for family, read in (
+        ("chain_sum", r": (.*) ="), ("products", r": (.*)\. Give"),
+        ("polynomial_multiplication", r": (.*)"),
+    ):  # fmt: skip
+        task = load_task(f"rg:{family}")
+        for problem in [task.train(index, 0) for index in range(4)]:
+            found = re.search(read, problem.question)
+            assert found, problem.question
+            grade = task.grade(problem, f"\\boxed{{{found[1]}}}")
+            assert (grade.correct, grade.reason) == (False, "wrong: not evaluated")
+
+
+@needs_gym
 def test_streams_and_settings():
     task = load_task("rg:chain_sum", settings="min_terms=2,max_terms=3,allow_negation=false")
     train, test = [task.train(i, 0) for i in range(50)], task.test(20)
@@ -98,7 +113,7 @@ def test_a_fraction_is_to_be_simplified():
 def test_a_narrow_family_ends(monkeypatch):
     monkeypatch.setattr(module, "_draw", lambda task, uid, item: module.Problem(uid, "the only one", "1"))
     task = module.Gym("gcd")
-    held_out = module.is_held_out("rg:gcd:the only one")
+    held_out = is_held_out("rg:gcd:the only one")
     assert len(task.test(5)) == held_out
     if held_out:
         with pytest.raises(UserError, match="no training problem in 2000 draws"):
