@@ -11,7 +11,6 @@ it is used.  Failures of the file system become one-sentence `UserError`s.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -21,14 +20,14 @@ import os
 import re
 import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from pymathrl.errors import UserError
+from pymathrl.files import explain_os_errors, fsync_dir, write_atomic
 
 _log = logging.getLogger(__name__)
 
@@ -38,70 +37,6 @@ _MANIFEST = "trainer/manifest.json"
 _PLAIN, _TENSORS = "trainer/state.json", "trainer/state.pt"
 _FORMAT = 1
 _CHUNK_BYTES = 1 << 22
-
-
-# --- file system ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def explain_os_errors(doing: str, path: Path) -> Iterator[None]:
-    """Turn an OSError of the block into a UserError: what could not be done, the path, the system's words, a way out.
-
-    safetensors reports file-system errors as its own class with `(os error N)` in the text; these are recognised too.
-    """
-    try:
-        yield
-    except OSError as error:
-        where = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else path
-        raise UserError(_os_error_sentence(doing, where, error.errno or 0, error.strerror or str(error))) from error
-    except UserError:
-        raise
-    except Exception as error:
-        match = re.search(r"\(os error (\d+)\)", str(error))
-        if match is None:
-            raise
-        number = int(match.group(1))
-        raise UserError(_os_error_sentence(doing, path, number, os.strerror(number))) from error
-
-
-def _os_error_sentence(doing: str, path: Path, number: int, words: str) -> str:
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        hint = "; free some space or use a folder on another disk"
-    elif number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        hint = "; choose a folder you may write to"
-    elif number in (errno.ENOTDIR, errno.EEXIST):
-        hint = "; a file stands where a folder is needed"
-    else:
-        hint = ""
-    return f"cannot {doing}: {path}: {words}{hint}"
-
-
-def _fsync_dir(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        # some network file systems have no fsync of folders: their rename is already synchronous
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(fd)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Replace the file `path` by `data`: a reader (and a crash) sees the old content or the new, never a part.
-    Raises OSError."""
-    tmp = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(tmp, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-    _fsync_dir(path.parent)
 
 
 # --- trainer state --------------------------------------------------------------------------------------------------
@@ -216,7 +151,7 @@ def _seal(folder: Path, step: int) -> None:
     )
     _sync_and_describe(manifest)
     for d in [p for p in folder.rglob("*") if p.is_dir()] + [folder]:
-        _fsync_dir(d)
+        fsync_dir(d)
 
 
 def save_checkpoint(
@@ -269,7 +204,7 @@ def _publish(tmp: Path, final: Path) -> None:
         if replacing:
             os.rename(aside, final)
         raise
-    _fsync_dir(final.parent)
+    fsync_dir(final.parent)
     if replacing:
         shutil.rmtree(aside)
 

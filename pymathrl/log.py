@@ -34,8 +34,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
+from pymathrl.files import explain_os_errors, write_atomic
 
 STAGES = ("prompt", "rollout", "verify", "advantage", "loss", "optim", "eval", "checkpoint")
 _ETA_STEPS = 20  # the remaining time follows the speed of so many last steps

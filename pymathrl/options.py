@@ -9,8 +9,6 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn, get_args, get_type_hints
 
-import torch
-
 from pymathrl.errors import UserError, nearest
 
 
@@ -29,7 +27,10 @@ def run_command(run: Callable[[], int], interrupted: str = "interrupted; checkpo
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, torch.OutOfMemoryError) as error:
+    except (OSError, RuntimeError) as error:
+        # torch's error by its name: a command that needs no torch must not wait seconds for its import
+        if not isinstance(error, OSError) and type(error).__name__ != "OutOfMemoryError":
+            raise
         print(f"error: {type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -27,8 +27,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
+from pymathrl.files import explain_os_errors, write_atomic
 from pymathrl.log import STAGES, show, show_time, to_json
 
 # Okabe and Ito's palette, told apart with the common colour vision deficiencies; groups also differ in line and marker

@@ -22,9 +22,9 @@ from pymathrl.checkpoint import (
     load_state,
     save_checkpoint,
     truncate_metrics,
-    write_atomic,
 )
 from pymathrl.errors import UserError
+from pymathrl.files import write_atomic
 
 
 def write_model(folder: Path) -> None:

@@ -24,7 +24,6 @@ import torch
 
 import pymathrl
 from pymathrl import devices
-from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.config import add_task_options
 from pymathrl.errors import UserError
 from pymathrl.eval.compare import Comparison, compare
@@ -35,6 +34,7 @@ from pymathrl.eval.store import Store, open_store
 from pymathrl.eval.stream import stream
 from pymathrl.eval.summary import Summary, summarize, verifier_of
 from pymathrl.eval.table import comparison_rows, markdown, plain_table, score_rows, short_names
+from pymathrl.files import explain_os_errors, write_atomic
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import TIES, token_budgets
 from pymathrl.models import Policy, load

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
-from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
 from pymathrl.eval.record import Sample
+from pymathrl.files import explain_os_errors, write_atomic
 
 FORMAT = 1
 

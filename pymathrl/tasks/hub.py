@@ -6,9 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
-
 from pymathrl.errors import UserError
 from pymathrl.tasks.readers import SUFFIXES, data_files
 
@@ -41,6 +38,10 @@ def find_folder(name: str, hub: str, path: str, data: str) -> Path:
     root = os.environ.get(VARIABLE)
     if root and (Path(root).expanduser() / name).is_dir():
         return Path(root).expanduser() / name
+    # not at the top: it takes a second, and most tasks need no hub
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     where = f"a folder {name} in {VARIABLE}={root}" if root else f"{VARIABLE}, which is not set"
     try:
         return Path(snapshot_download(hub, repo_type="dataset", allow_patterns=[f"*{s}" for s in SUFFIXES]))

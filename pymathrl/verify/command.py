@@ -26,8 +26,8 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from pymathrl.checkpoint import explain_os_errors, write_atomic
 from pymathrl.errors import UserError
+from pymathrl.files import explain_os_errors, write_atomic
 from pymathrl.options import CommandParser, convert, flag, run_command
 from pymathrl.tasks.jsonl import fail, read_objects
 from pymathrl.verify.extract import MODES, extract

@@ -219,7 +219,7 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.delenv("PYMATHRL_DATA", raising=False)
-    monkeypatch.setattr("pymathrl.tasks.hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     task = load_task("gsm8k", split="all")
     assert [p.answer for p in task.test()] == ["2"]  # of the configuration that is meant
     assert asked == [("openai/gsm8k", "dataset", ["*.jsonl", "*.json", "*.parquet", "*.csv", "*.tsv"])]
@@ -227,7 +227,7 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
     def refuse(*args, **options):
         raise ValueError("403 for you\nmore")
 
-    monkeypatch.setattr("pymathrl.tasks.hub.snapshot_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(
         UserError, match=r"openai/gsm8k could not be fetched .* \(403 for you\); name them: --task gsm8k:PATH"
     ):
@@ -236,7 +236,7 @@ def test_the_hub_is_asked_last(tmp_path, monkeypatch):
     def offline(*args, **options):
         raise LocalEntryNotFoundError("no connection")
 
-    monkeypatch.setattr("pymathrl.tasks.hub.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     monkeypatch.setenv("PYMATHRL_DATA", str(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"not in a folder gsm8k in PYMATHRL_DATA=.*/empty, .* hub cannot be reached"):
         load_task("gsm8k")

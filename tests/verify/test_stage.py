@@ -151,7 +151,8 @@ def test_a_run_is_the_same_with_and_without_and_logs_what_the_verifier_did(tmp_p
     rows = [{"question": f"{a}+{a}", "answer": str(2 * a)} for a in range(1, 40)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--algo", "grpo", "--model", str(model), "--task", str(tmp_path / "sums.jsonl"), "--task-answer",
-            "tag", *SMALL_RUN, "--max-new-tokens", "48", "--steps", "2", "--eval-every", "0", "--checkpoint-every", "0"]  # fmt: skip
+            "tag", *SMALL_RUN, "--max-new-tokens", "48", "--steps", "2", "--eval-every", "0", "--checkpoint-every",
+            "0"]  # fmt: skip
     runs = []
     for name, streaming in (("with", True), ("without", False)):
         if not streaming:
