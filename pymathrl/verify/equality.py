@@ -46,7 +46,9 @@ _LETTER_RUN = re.compile(r"[^\W\d_]{2}|^\W*[^\W\d_]\W*$")
 _BLANK = re.compile(r"(?<!\d) | (?!\d)")
 _LIST_OF_WORDS = re.compile(r"\s*(?:,|;|\band\b)\s*")
 _NOT_A_WORD = re.compile(r"[^\w%$<>=+*/^|-]+")
-_ARTICLE = re.compile(r"^(?:(?:so |thus |hence |therefore )?(?:the )?(?:final )?(?:correct )?(?:answer|option|choice)(?: is)?:? )")
+_ARTICLE = re.compile(
+    r"^(?:(?:so |thus |hence |therefore )?(?:the )?(?:final )?(?:correct )?(?:answer|option|choice)(?: is)?:? )"
+)
 
 
 def decide(gold: str, answer: str, cfg: Policy = DEFAULT, *, symbolic: bool) -> Verdict | None:
@@ -515,7 +517,7 @@ class _Comparison:
     def matched(self, x: Sequence, y: Sequence, equal: Callable) -> bool | None:
         """Whether each item has an equal one on the other side."""
         left, right = ([self.fast_key(n) for n in items] for items in (x, y))
-        if None not in left and None not in right:
+        if None not in left and None not in right and not (self.cfg.abs_tol or self.cfg.rel_tol):
             self.used("exact")
             return set(left) == set(right) or self.because("different items")
         if max(len(x), len(y)) > MAX_ITEMS:

@@ -50,6 +50,7 @@ _SPACING = re.compile(
 )
 _DELIMITED = re.compile(r"\\(?:left|right|middle|[bB]igg?[lr]?)\s*\.")
 _MARKDOWN = ("**", "__", "```", "`", "*")
+_BLANKS = re.compile(r"\s{2,}")  # one says as much, and keeps every \s* that follows linear
 _BOLD_LABEL = re.compile(r"(?<!\S)\*\*([A-Za-z][A-Za-z ]*:)\*\*(?=\s|\$|$)")  # "**Answer:** 58"
 _PERIOD = re.compile(r"(?:(?:\s|\\[,;! ]|\\quad|\\qquad|~)*\.)+$")
 _BOX = re.compile(r"\\(?:boxed|fbox|mathbf|mathrm|mathit|mathsf|boldsymbol|bm|textbf|textit|emph|underline|tag)\s*\{")
@@ -58,6 +59,7 @@ _BRACED_SIGN = re.compile(r"\{([:=<>+*/-])\}")
 _MATH = re.compile(r"(?<!\\)\\[()\[\]]")
 _TEX_DASH = re.compile(r"\\(?:text|mbox|mathrm)\{\s*([-:./,])\s*\}")
 _TRAILING_SPACE = re.compile(r"(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\\\|\\newline)+$")
+_WINDOW = 80
 _LEADING_SPACE = re.compile(r"^(?:\s|\\[,;!: ]|\\quad|\\qquad|~|\\newline)+")
 
 
@@ -81,6 +83,7 @@ def normalize(text: str) -> str:
         text = _MATH.sub(" ", text)
     if "{" in text:
         text = _BRACED_SIGN.sub(r"\1", text)
+    text = _BLANKS.sub(" ", text)
     text = _BOLD_LABEL.sub(r"\1", text)
     if "$" in text:
         text = _dollars(text)
@@ -94,7 +97,7 @@ def normalize(text: str) -> str:
 def _strip(text: str) -> str:
     """One layer of clothes less."""
     if "\\" in text or "~" in text:
-        text = _TRAILING_SPACE.sub("", _LEADING_SPACE.sub("", text))
+        text = _cut_end(_TRAILING_SPACE, _LEADING_SPACE.sub("", text))
         box = _BOX.match(text)
         if box and closing_brace(text, box.end() - 1) == len(text) - 1:
             text = text[box.end() : -1]
@@ -112,12 +115,17 @@ def _strip(text: str) -> str:
             if right not in inner:
                 text = inner
     if text.endswith((".", "。")) and not text.endswith(("..", "\\.")):
-        text = _PERIOD.sub("", text)
+        text = _cut_end(_PERIOD, text)
     if text.endswith((",", ";")) and not text.endswith(("\\,", "\\;", ",,", ";;")):
         text = text[:-1]
     if text.startswith("{") and text.endswith("}") and closing_brace(text, 0) == len(text) - 1:
         text = text[1:-1]
     return text
+
+
+def _cut_end(pattern: re.Pattern[str], text: str) -> str:
+    """Without what the pattern finds at the end, at most `_WINDOW` characters: a search of all of it is quadratic."""
+    return text[:-_WINDOW] + pattern.sub("", text[-_WINDOW:])
 
 
 def closing_brace(text: str, at: int) -> int:

@@ -44,6 +44,11 @@ _CLOCK = re.compile(
 )
 _BASED = re.compile(r"(?=.*\d.*_|[0-9A-F]{2})([0-9A-F]+)_([0-9]{1,2}|[a-z]{3,9})")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+_FOR_ALL = re.compile(  # "f(x) = x for all real x", "f(n) = n \text{ for every } n \in \mathbb{N}"
+    r"(?:\\(?:text|mbox|textrm)\{\s*)?\bfor\s+(?:all|any|each|every)\b[\s}]*"
+    r"(?:(?:real|rational|natural|positive|integers?|numbers?|values|of|the)\b[\s}]*)*"
+    r"(?:[a-z](?:\s*,\s*[a-z])*)?\s*(?:\\in\s*\\mathbb\s*\{?[RZNQ]\}?(?:\s*\^\s*\{?\+\}?)?)?\s*$"
+)
 _MATRICES = ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "psmallmatrix", "bsmallmatrix")
 _CONDITIONS = ("if", "for", "when", "where")
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "~", "in"))
@@ -78,6 +83,8 @@ def parse_normalized(text: str) -> Node | None:
     if clock := _CLOCK.fullmatch(text):
         time = ":".join(str(int(part)) for part in clock.group(1, 2, 3) if part)
         return t.Quantity(t.Word(time), clock[4].lower() + "m")
+    if "=" in text and "for" in text:
+        text = _FOR_ALL.sub("", text).rstrip(" ,")
     try:
         if based := _BASED.fullmatch(plain):
             return t.Based(based[1], _base(based[2]))

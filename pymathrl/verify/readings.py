@@ -79,8 +79,12 @@ def names_of(node: Node) -> tuple[str, ...]:
     match node:
         case t.Sym(name) if name not in ("pi", "oo"):
             return (name,)
-        case t.Mul(items) if all(isinstance(x, t.Sym) and len(x.name) == 1 and x.name.isupper() for x in items):
-            return ("".join(x.name for x in items if isinstance(x, t.Sym)),)  # a segment: AB = 5
+        case t.Mul(items):
+            letters = [x.name if isinstance(x, t.Sym) else "" for x in items]
+            if "angle" in letters[:2]:  # m\angle ABC = 60^\circ
+                letters = letters[letters.index("angle") :]
+            if all(x == "angle" or (len(x) == 1 and x.isupper()) for x in letters):
+                return ("".join(letters),)  # a segment: AB = 5
         case t.Group(items, "(", ")") if all(isinstance(x, t.Sym) for x in items):
             return tuple(x.name for x in items if isinstance(x, t.Sym))
     return ()
