@@ -190,8 +190,9 @@ class _Comparison:
             if x != y:
                 return self.because(f"units {x} and {y}")
             return self.trees(p, q)
-        if isinstance(p, t.Items | t.Chain) != isinstance(q, t.Items | t.Chain):
-            return self.readings(read(a), read(b))
+        claims = read(a), read(b)
+        if claims != (Value(a), Value(b)) and isinstance(p, t.Items | t.Chain) != isinstance(q, t.Items | t.Chain):
+            return self.readings(*claims)
         found = self.trees(p, q)
         if found is False and self.cfg.percent and "%" in (x, y):
             self.reason = ""
