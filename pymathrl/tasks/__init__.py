@@ -1,6 +1,7 @@
 """Tasks: problems with a prompt and an exact grader.
 
-`TASKS` are generated, `datasets.DATASETS` known by name, ``rg:FAMILY`` are reasoning-gym's; any other task is a file.
+`TASKS` and ``synth:FAMILY`` are generated, ``rg:FAMILY`` by reasoning-gym, `datasets.DATASETS` are known by name; any
+other task is a file.
 """
 
 import inspect
@@ -19,6 +20,7 @@ from pymathrl.tasks.gym import gym_task
 from pymathrl.tasks.problem import Check, Grade, Problem
 from pymathrl.tasks.questions import data_set, data_set_names, questions_file
 from pymathrl.tasks.readers import SUFFIXES, data_files, read_file
+from pymathrl.tasks.synth import constructor
 
 __all__ = [
     "DATASETS",
@@ -102,6 +104,9 @@ OPTION_HELP = {
     "answer": "where the answer stands: tag, in <answer>...</answer>; boxed; gsm8k, after ####; answer, after 'the "
     "answer is'; choice; last, the last number (evaluation only, but for arithmetic); template, as the template says",
     "template": "the words around a question, a name of pymathrl/tasks/templates.py; auto: the data set's own",
+    "terms": "most terms, numbers, brackets or changes of a problem; of a sequence, the terms that are shown",
+    "digits": "most digits of a number",
+    "depth": "how deep operations or brackets are nested; of a sequence, how hard its rule is, up to 3",
     "format_score": "reward of a well-formed wrong answer (at most 0.1 but for countdown and arithmetic); 0 pays for "
     "correctness only",
     "allow_subset": "true: numbers may be left unused",
@@ -122,9 +127,9 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def load_task(name: str | Path, /, **options: Any) -> Task:
-    """The task of that name: of `TASKS`; a data set, ``gsm8k`` or ``gsm8k:PATH``; ``rg:FAMILY``; or the path of a file
-    or a folder, which ends in one of `readers.SUFFIXES` or has a directory part, and whose first row tells the kind of
-    task.  Options as in `task_options`; values may be text, as from a command line."""
+    """The task of that name: of `TASKS`; ``synth:FAMILY`` or ``rg:FAMILY``; a data set, ``gsm8k`` or ``gsm8k:PATH``; or
+    the path of a file or a folder, which ends in one of `readers.SUFFIXES` or has a directory part, and whose first row
+    tells the kind of task.  Options as in `task_options`; values may be text, as from a command line."""
     build, arguments = _resolve(str(name))
     known = _options(build)
     for option in options:
@@ -164,10 +169,12 @@ def _resolve(name: str) -> tuple[Callable[..., Task], tuple[Any, ...]]:
         return (partial(data_set, split="all") if benchmark else data_set), (head, rest)
     if head == "rg":
         return gym_task, (rest,)
+    if head == "synth":
+        return constructor(rest), ()
     if not name.endswith(SUFFIXES) and os.sep not in name:
         raise UserError(
-            f"unknown task {name!r}: {nearest(head, [*TASKS, *DATASETS])}, or give rg:FAMILY, or the path of a file "
-            f"({', '.join(SUFFIXES)})"
+            f"unknown task {name!r}: {nearest(head, [*TASKS, *DATASETS])}, or give synth:FAMILY, rg:FAMILY (such as "
+            f"synth:chain_sum), or the path of a file ({', '.join(SUFFIXES)})"
         )
     files = data_files(Path(name)) if Path(name).is_dir() else [Path(name)]
     if not files:

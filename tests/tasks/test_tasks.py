@@ -1,7 +1,7 @@
 import pytest
 
 from pymathrl.errors import UserError
-from pymathrl.tasks import DATASETS, OPTION_HELP, TASKS, load_task, task_options
+from pymathrl.tasks import DATASETS, OPTION_HELP, TASKS, load_task, short_name, task_options
 from pymathrl.tasks.arithmetic import Arithmetic
 from pymathrl.tasks.countdown import countdown
 
@@ -33,6 +33,8 @@ def test_options_may_be_text():
             "unknown task 'cuntdown': did you mean 'countdown'? (valid: aime24, aime25, amc23, arithmetic, ",
         ),
         ("", {}, "unknown task ''"),
+        ("chain_sum", {}, "or give synth:FAMILY, rg:FAMILY (such as synth:chain_sum), or the path of a file (.jsonl"),
+        ("synth:chain_sun", {}, "unknown family: did you mean 'chain_sum'? (valid: base_convert, binomial_count, "),
         ("countdown", {"nmn": 3}, "unknown option 'nmn': did you mean 'nmin'?"),
         ("arithmetic", {"nmin": 3}, "unknown option 'nmin': did you mean"),
         ("arithmetic", {"name": "x"}, "unknown option 'name'"),
@@ -50,6 +52,15 @@ def test_bad_names_and_options(name, options, message):
     with pytest.raises(UserError) as error:
         load_task(name, **options)
     assert message in str(error.value)
+
+
+def test_short_names():
+    names = {
+        "countdown": "countdown", "gsm8k": "gsm8k", "gsm8k:/data/x/train.jsonl": "gsm8k", "mgsm-de:folder": "mgsm-de",
+        "rg:chain_sum": "rg-chain_sum", "synth:gcd_lcm": "synth-gcd_lcm", "data/my.rows.jsonl": "my.rows",
+        "/a:b/rows.jsonl": "rows",
+    }  # fmt: skip
+    assert {name: short_name(name) for name in names} == names
 
 
 def test_files(tmp_path):
@@ -82,6 +93,6 @@ def test_every_option_has_its_help(tmp_path):
     file.write_text('{"nums": [1, 2], "target": 3}\n')
     questions = tmp_path / "questions.jsonl"
     questions.write_text('{"question": "1+2", "answer": "3"}\n')
-    kinds = (*TASKS, file, questions, *DATASETS, "rg:gcd")
+    kinds = (*TASKS, file, questions, *DATASETS, "rg:gcd", "synth:mixed_arith", "synth:percent_word")
     names = {option for task in kinds for option in task_options(task)}
     assert names == OPTION_HELP.keys()
