@@ -346,6 +346,8 @@ class Former:
         match name:
             case "exp":
                 return self.power(t.E, args[0])
+            case "sinh" | "cosh" | "tanh" | "coth" | "sech" | "csch":
+                return self.hyperbolic(name, args[0])
             case "ln":
                 return self.logarithm(first)
             case "log":
@@ -384,13 +386,21 @@ class Former:
             raise Undefined("the logarithm of 0")
         if len(b[0]) == 1 and len(b[1]) == 1:
             ((mono, c),) = b[0].items()
-            if c > 0 and all(self.keys[a][0] in ("prime", "constant", "power") for a, _ in mono):
+            positive = [self.positive_factor(atom, k) for atom, k in mono]
+            if c > 0 and all(factor is not None for factor in positive):
                 total: Poly = {}
                 parts = [(self.prime(p), Fraction(k)) for p, k in factor_rational(c)]
-                for atom, k in [*parts, *mono]:
+                for atom, k in [*parts, *(factor for factor in positive if factor is not None)]:
                     total = _plus(total, {m: v * k for m, v in self.log_atom(atom).items()})
                 return total, {(): ONE}
         return self.opaque("function", "ln", freeze(b))
+
+    def positive_factor(self, atom: int, exponent: Fraction) -> tuple[int, Fraction] | None:
+        """The same factor with a base above 0, x^2 as |x|^2; None where there is none."""
+        kind = self.keys[atom][0]
+        if kind == "variable" and exponent % 2 == 0:
+            return self.atom(("absolute", freeze(self.single(atom)))), exponent
+        return (atom, exponent) if kind in ("prime", "constant", "power", "absolute") else None
 
     def log_atom(self, atom: int) -> Poly:
         key = self.keys[atom]
@@ -399,6 +409,17 @@ class Former:
         if key[0] == "power" and self.keys[key[1]][0] in ("prime", "constant"):  # ln p^n = n ln p
             return self.times({key[2]: ONE}, self.log_atom(key[1]))
         return {((self.atom(("function", "ln", key)), ONE),): ONE}
+
+    def hyperbolic(self, name: str, arg: Node) -> Form:
+        up, down = self.power(t.E, arg), self.power(t.E, t.negate(arg))
+        half = number(Fraction(1, 2))
+        cosh = self.multiply(half, self.add(up, down))
+        sinh = self.multiply(half, self.add(up, self.multiply(number(Fraction(-1)), down)))
+        above, below = {
+            "sinh": (sinh, number(ONE)), "cosh": (cosh, number(ONE)), "tanh": (sinh, cosh), "coth": (cosh, sinh),
+            "sech": (number(ONE), cosh), "csch": (number(ONE), sinh),
+        }[name]  # fmt: skip
+        return self.multiply(above, self.inverse(below))
 
     def sine(self, name: str, b: Form) -> Form:
         pi: Mono = ((self.atom(("constant", "pi")), ONE),)

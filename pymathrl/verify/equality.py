@@ -37,7 +37,7 @@ _LETTER_AND_MORE = re.compile(r"(?:\(\s*([A-J])\s*\)\s*[.:]?|([A-J])\s*[.):])\s*
 _OTHER_CHOICE = re.compile(r"(?:^|[\s(])[A-J]\s*[.)]|\b(?:or|and)\b|\bnot\b")
 _THOUSANDS = re.compile(r"\d{1,3}(?:,\d{3})+")
 _FRACTIONS = re.compile(r"\\[dtc]frac(?![A-Za-z])")
-_SPACES = re.compile(r"(?:\s|~|\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
+_SPACES = re.compile(r"(?:\s|~|(?<!\\)\\[,;:! ]|\\q?quad(?![A-Za-z]))+")
 _BETWEEN_DIGITS = re.compile(r"(?<=\d)\s+(?=\d)")
 _ONE_TOKEN = re.compile(r"\{(\w)\}")
 _MAYBE_UNDEFINED = re.compile(r"[/}{(]\s*-?0|/|\\frac|\\(?:ln|log|tan|cot|sec|csc)|\^")
@@ -502,6 +502,8 @@ class _Comparison:
             return rs.is_infinite(a) == rs.is_infinite(b)
         if isinstance(a, t.Chain) and isinstance(b, t.Chain):
             return self.readings(read(a), read(b))
+        if isinstance(a, t.Braces) != isinstance(b, t.Braces):  # {1}, {2} are no numbers
+            return self.because("a set among the items of a list")
         return self.values(a, b)
 
     def lists(self, a: Node, b: Node) -> bool | None:
