@@ -6,6 +6,7 @@ import pytest
 
 from pymathrl.config import PRESETS, TrainConfig, parse_train, write_toml
 from pymathrl.errors import UserError
+from pymathrl.sft.options import parse_sft
 from pymathrl.train import main
 
 
@@ -90,3 +91,13 @@ def test_help_explains_every_option(capsys):
         parse_train(["--help"])
     text = capsys.readouterr().out
     assert "--rho" in text and "--clip-low" in text
+    assert "rg:chain_sum" in text and "olympiadbench" in text  # of --task
+    for task, options in (("gsm8k", ["--task-data", "--task-split"]), ("synth:mixed_arith", ["--task-depth"])):
+        with pytest.raises(SystemExit):
+            parse_train(["--algo", "grpo", "--task", task, "--help"])
+        text = capsys.readouterr().out
+        assert all(option in text for option in options) and "--task-nmin" not in text
+        with pytest.raises(SystemExit):
+            parse_sft(["--task", task, "--help"])
+        text = capsys.readouterr().out
+        assert all(option in text for option in options) and "synth:chain_sum" in text

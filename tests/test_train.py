@@ -400,6 +400,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path, capsys, monkeypatc
     assert not (tmp_path / "runs").exists()
 
 
+def test_the_plan_says_once_what_was_left_out_of_the_data(tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [f'{{"question": "{n}+1=?", "answer": {n + 1}}}\n' for n in range(3)]
+    (data / "train.jsonl").write_text("".join(rows))
+    (data / "test.jsonl").write_text(rows[2])
+    (tmp_path / "two.toml").write_text("[[stage]]\nsteps = 1\n[[stage]]\nsteps = 1\n")
+    model = str(save_tiny(tmp_path / "model"))
+    run = ["--algo", "grpo", "--model", model, "--task", str(data), "--max-new-tokens", "9", "--dry-run"]
+    assert main([*run, "--config", str(tmp_path / "two.toml")]) == 0
+    text = capsys.readouterr().out
+    assert text.count(f"\ndata      {data}: 1 train rows whose question is in the test split left out\n") == 1
+
+
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
