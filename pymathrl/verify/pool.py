@@ -9,6 +9,7 @@ own thread. Nothing is started before the first item that needs it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import selectors
 import socket
@@ -34,6 +35,7 @@ COMMAND = [sys.executable, "-P", "-m", "pymathrl.verify.worker"]
 START_S = 120.0  # for the import of SymPy: 1 s on an idle machine
 FORK_S = 30.0
 END_S = 10.0
+LOOK_S = 3600.0  # the longest wait that is begun: the system refuses to wait for months
 CACHED = 1 << 16  # verdicts that are remembered, of pairs of at most CACHED_CHARS characters
 CACHED_CHARS = 1024
 LATENCIES = 1 << 16  # that are kept until they are asked for
@@ -61,8 +63,8 @@ class VerifierPool:
         for name, value in (("workers", workers), ("max_tasks", max_tasks)):
             if value < 1:
                 raise ValueError(f"VerifierPool: {name} must be at least 1, got {value}")
-        if not deadline_s > 0:
-            raise ValueError(f"VerifierPool: deadline_s must be more than 0, got {deadline_s}")
+        if not 0 < deadline_s < math.inf:
+            raise ValueError(f"VerifierPool: deadline_s must be more than 0 and finite, got {deadline_s}")
         self.workers, self.deadline_s, self.max_tasks = workers, deadline_s, max_tasks
         self._known: OrderedDict[_Key, Verdict] = OrderedDict()
         self._seconds: deque[float] = deque(maxlen=LATENCIES)
@@ -277,23 +279,36 @@ class _Loop:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._queue: deque[_Task] = deque()
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the last one: close waits for its end
+        self._running = False
         self._bell: socket.socket | None = None
         self._closed = False
 
     def put(self, task: _Task) -> None:
         with self._lock:
             if not self._closed:
-                self._queue.append(task)
-                if self._thread is None:
-                    self._bell, ear = socket.socketpair()
-                    self._bell.setblocking(False)
-                    # a daemon: the exit of the process does not wait for it but calls close, through the finalizer
-                    self._thread = threading.Thread(target=self._run, args=(ear,), name="verifier", daemon=True)
-                    self._thread.start()
-                self._ring()
-                return
-        task.future.set_exception(RuntimeError("VerifierPool: the pool is closed"))
+                try:
+                    if not self._running:
+                        self._start_thread()
+                    self._queue.append(task)
+                    self._ring()
+                    return
+                except (OSError, RuntimeError) as raised:  # no descriptor or thread is left: nobody would do the task
+                    error: Exception = raised
+            else:
+                error = RuntimeError("VerifierPool: the pool is closed")
+        task.future.set_exception(error)
+
+    def _start_thread(self) -> None:
+        self._server: _Server | None = None
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._bell, ear = socket.socketpair()
+        self._bell.setblocking(False)
+        # a daemon: the exit of the process does not wait for it but calls close, through the finalizer
+        thread = threading.Thread(target=self._run, args=(ear,), name="verifier", daemon=True)
+        thread.start()
+        self._thread, self._running = thread, True
 
     def close(self) -> None:
         if self._pid != os.getpid():
@@ -315,9 +330,6 @@ class _Loop:
     # --- in the thread -------------------------------------------------------------------------------------------
 
     def _run(self, ear: socket.socket) -> None:
-        self._server: _Server | None = None
-        self._workers: list[_Worker] = []
-        self._selector = selectors.DefaultSelector()
         self._selector.register(ear, selectors.EVENT_READ, lambda: ear.recv(4096))
         error: BaseException = RuntimeError("VerifierPool: the pool is closed")
         try:
@@ -329,18 +341,21 @@ class _Loop:
         except BaseException as raised:
             error = raised
         finally:
-            with self._lock:
-                tasks = [*(w.task for w in self._workers if w.task is not None), *self._queue]
-                self._queue.clear()
-                self._thread = None
-                if self._bell is not None:
-                    self._bell.close()
-                self._bell = None
-            self._end_server()
-            self._selector.close()
-            ear.close()
-            for task in tasks:
-                task.future.set_exception(error)
+            tasks = [w.task for w in self._workers if w.task is not None]
+            try:
+                self._end_server()
+                self._selector.close()
+            finally:
+                with self._lock:  # only now may another thread begin: all that is here is its own
+                    tasks += self._queue
+                    self._queue.clear()
+                    self._running = False
+                    if self._bell is not None:
+                        self._bell.close()
+                    self._bell = None
+                    ear.close()
+                for task in tasks:
+                    task.future.set_exception(error)
 
     def _hand_out(self) -> None:
         """Work for those who are idle, and workers for the work."""
@@ -352,12 +367,12 @@ class _Loop:
             task.tries += 1
             try:
                 worker.link.send(task.payload)
-            except OSError:  # it died while it had nothing to do
-                self._drop(worker)
+            except OSError:  # it died while it had nothing to do, or has grown and takes no more
                 if task.tries < TRIES:
                     self._queue.appendleft(task)
                 else:
                     task.future.set_result(DIED)
+                self._drop(worker)
                 continue
             worker.task, worker.due = task, time.monotonic() + self.deadline_s
         server = self._server
@@ -375,7 +390,7 @@ class _Loop:
         due = [w.due for w in self._workers if w.task is not None]
         if self._server is not None and self._server.due is not None:
             due.append(self._server.due)
-        return max(0.0, min(due) - time.monotonic()) if due else None
+        return min(max(0.0, min(due) - time.monotonic()), LOOK_S) if due else None
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -387,6 +402,8 @@ class _Loop:
             raise self._failure(server, "gave no sign of life in time")
 
     def _on_reply(self, worker: _Worker) -> None:
+        if worker not in self._workers:  # it went with the server, whose end was seen in the same look
+            return
         try:
             reply = worker.link.recv(REPLY_BYTES)
         except OSError:

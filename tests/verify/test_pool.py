@@ -36,7 +36,8 @@ def decide(gold, answer, cfg=None, *, symbolic):
     elif answer == "memory":
         bytearray(3 << 30)
     elif answer == "grow":
-        x = bytearray(600 << 20)
+        global kept
+        kept = x = bytearray(600 << 20)  # as a cache does
         x[::4096] = x[::4096]
     elif answer == "raise":
         raise RecursionError
@@ -187,6 +188,10 @@ def test_memory_is_bounded_and_a_worker_that_has_grown_is_replaced(hostile):
         assert ask(pool, "memory") == [Verdict(False, "out of memory", "worker")]
         first, grown, after = (ask(pool, answer)[0].reason for answer in ("a", "grow", "b"))
         assert first == grown != after
+        # what waits while it goes is no victim of it
+        for number in range(3):
+            grown, *others = ask(pool, "grow", "c", "d", gold=str(number))
+            assert [v.stage for v in others] == ["symbolic"] * 2 and grown.reason not in {v.reason for v in others}
 
 
 def test_no_exception_and_no_output_of_a_library_gets_through(hostile):
@@ -302,13 +307,35 @@ def test_a_worker_that_does_not_start_is_an_error_and_no_hang(command, words, ho
         assert ask(pool, "gold")[0].equal  # the next one that starts is used
 
 
+def test_what_is_asked_while_a_failure_is_cleared_away_is_answered(hostile, monkeypatch):
+    clearing, real = threading.Event(), pool_module._Loop._end_server
+
+    def slow(loop):
+        clearing.set()
+        time.sleep(0.3)
+        real(loop)
+
+    monkeypatch.setattr(pool_module, "COMMAND", ["/nowhere/python"])
+    before = descriptors(), threading.active_count()
+    with VerifierPool() as pool, monkeypatch.context() as patch:
+        patch.setattr(pool_module._Loop, "_end_server", slow)
+        futures = [pool.decide("gold", "a")]
+        assert clearing.wait(10)
+        futures.append(pool.decide("gold", "b"))
+        assert threading.active_count() == before[1] + 1  # two would take each other's server
+        for future in futures:
+            with pytest.raises(UserError, match="cannot be started"):
+                future.result(timeout=20)
+    assert (descriptors(), threading.active_count()) == before
+
+
 def test_a_text_too_long_for_a_worker_is_different(hostile):
     with VerifierPool(deadline_s=60) as pool:
         assert ask(pool, "x" * 200_000) == [Verdict(False, "too long", "limits")]
         assert ask(pool, "\ud800" + "é" * 4000, gold="\ud800" + "é" * 4000)[0].equal
 
 
-@pytest.mark.parametrize("options", [{"workers": 0}, {"deadline_s": 0}, {"max_tasks": 0}])
+@pytest.mark.parametrize("options", [{"workers": 0}, {"deadline_s": 0}, {"deadline_s": float("inf")}, {"max_tasks": 0}])
 def test_bad_arguments(options):
     with pytest.raises(ValueError, match=f"VerifierPool: {next(iter(options))} must be"):
         VerifierPool(**options)
