@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections import Counter, deque
@@ -118,18 +119,16 @@ def _case(path: Path, line: int, row: dict[str, Any], mode: str, cfg: Policy) ->
 
 def _policy(cfg: Policy, changes: dict[str, Any], source: Callable[[str], str]) -> Policy:
     """The policy with these fields changed, which are checked; source(name) names where one stands."""
-    values: dict[str, Any] = {}
     for name, value in changes.items():
-        if isinstance(getattr(cfg, name), bool):
-            if not isinstance(value, bool):
-                raise UserError(f"{source(name)}: expected true or false, got {value!r}")
-            values[name] = value
-        else:
-            values[name] = convert(Policy, name, value, source(name))
-    try:
-        return replace(cfg, **values)
-    except ValueError as error:
-        raise UserError(f"{source(next(iter(values)))}: {error}") from None
+        if not isinstance(getattr(cfg, name), bool):
+            value = convert(Policy, name, value, source(name))
+        elif not isinstance(value, bool):
+            raise UserError(f"{source(name)}: expected true or false, got {value!r}")
+        try:
+            cfg = replace(cfg, **{name: value})
+        except ValueError as error:
+            raise UserError(f"{source(name)}: {error}") from None
+    return cfg
 
 
 def results(pool: VerifierPool, cases: Sequence[Case]) -> Iterator[Result]:
@@ -205,8 +204,10 @@ def _run(argv: Sequence[str] | None) -> int:
     args = _parser().parse_args(argv)
     changes = {f.name: getattr(args, f.name) for f in fields(Policy) if getattr(args, f.name) is not None}
     cfg = _policy(Policy(), changes, flag)
-    if args.workers < 1 or not args.deadline > 0:
-        raise UserError(f"expected --workers >= 1 and --deadline > 0, got {args.workers} and {args.deadline}")
+    if args.workers < 1 or not 0 < args.deadline < math.inf:
+        raise UserError(
+            f"expected --workers >= 1 and --deadline > 0 and finite, got {args.workers} and {args.deadline}"
+        )
     if args.file is not None:
         if args.gold or args.answer is not None or args.response is not None:
             raise UserError("--file: its rows hold golds and answers; leave out --gold, --answer and --response")

@@ -9,8 +9,9 @@
     auto         the first of tag, boxed, gsm8k and answer whose mark is there
 
 Where the response has thoughts, <think> ... </think>, only what follows them is read, and thoughts that do not end
-leave nothing. A mark that is cut off gives no answer: an earlier one is not taken for it. Linear in the response's
-length. The response is the policy's text alone: a prompt before it, with an example in a box, would be graded too.
+leave nothing. A box or a formula that is cut off gives no answer, and an earlier one is not taken for it; a tag that
+is opened and not closed is none. Linear in the response's length. The response is the policy's text alone: a prompt
+before it, with an example in a box, would be graded too.
 """
 
 from __future__ import annotations
@@ -65,6 +66,11 @@ _MINUS = "-−–"  # noqa: RUF001 - the characters that are read as a sign
 _CHOICE = re.compile(
     r"\W*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{\s*)?(?:(?:[Oo]ption|[Cc]hoice)\s+)?\(?"
     r"(?:([A-J])(?![\w'’])|([a-j])(?=[\s).:\]}*$]*\Z|[).:]))"  # noqa: RUF001
+)
+# a list of options is no choice: "A, B", but not "A, since B is wrong"
+_CHOICE_END = r"[\s()\[\]{}.*$]*"
+_ANOTHER = re.compile(
+    rf"{_CHOICE_END}(?:[,;/&]|\\&|\b(?:and|or)\b){_CHOICE_END}[A-J](?={_CHOICE_END}(?:\Z|[,;/&]|\\&|\b(?:and|or)\b))"
 )
 _LONE_CHOICE = re.compile(r"[\s*_(\[]*([A-J])(?:[).:\]*_]+(?:\s.*)?)?\s*", re.IGNORECASE)
 
@@ -221,7 +227,9 @@ def _choice(text: str) -> str | None:
     marked = _first_marked(text, (_tag, _boxed, _answer))
     if marked is not None:
         letter = _CHOICE.match(marked)
-        return "" if letter is None else (letter[1] or letter[2]).upper()
+        if letter is None or _ANOTHER.match(marked, letter.end()):
+            return ""
+        return (letter[1] or letter[2]).upper()
     letter = _LONE_CHOICE.fullmatch(text.rstrip().rpartition("\n")[2])
     return None if letter is None else letter[1].upper()
 

@@ -105,6 +105,7 @@ def test_the_tables_are_as_expected(capsys):
         (["--file", "/nowhere.jsonl"], "/nowhere.jsonl: cannot read the file"),
         (["--response", "x", "--mode", "box"], "invalid choice: 'box'"),
         (["--gold", "1", "--answer", "1", "--workers", "0"], "expected --workers >= 1"),
+        (["--gold", "1", "--answer", "1", "--deadline", "inf"], "--deadline > 0 and finite"),
         (["--gold", "1", "--answer", "1", "--abs-tol", "x"], "--abs-tol: expected float, got 'x'"),
         (["--gold", "1", "--answer", "1", "--abs-tol", "-1"], "--abs-tol: "),
         (["--gold", "1", "--answer", "1", "--require-form", "nice"], "--require-form: "),
@@ -132,7 +133,7 @@ def test_a_command_line_that_cannot_be_used(argv, words, capsys):
         ({"response": "1", "expected": 1}, "field 'expected' must be the text that is extracted, or null"),
         ({"gold": "1", "answer": "1", "choice": 1}, "field 'choice': expected true or false, got 1"),
         ({"gold": "1", "answer": "1", "abs_tol": "x"}, "field 'abs_tol': expected float"),
-        ({"gold": "1", "answer": "1", "require_form": "nice"}, "field 'require_form': "),
+        ({"gold": "1", "answer": "1", "choice": True, "require_form": "nice"}, "field 'require_form': "),
     ],
 )
 def test_a_defect_of_a_file_is_named_with_its_line(row, words, tmp_path, capsys):
