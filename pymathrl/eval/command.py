@@ -145,10 +145,10 @@ def _load_tasks(names: Sequence[str], args: argparse.Namespace) -> dict[str, tup
         options = {k: convert_option(name, k, v) for k, v in typed.items() if v is not None}
         if "split" in defaults:
             options["split"] = split
-            if split == "all" and Path(name).exists():
-                _note("every row of the file is graded; rows that the model may have been trained on are not left out, "
-                      "see --split held-out")  # fmt: skip
         task = load_task(name, **options)
+        if options.get("split") == "all" and not getattr(task, "own_test", False):
+            _note(f"every row of {name} is graded; rows that the model may have been trained on are not left out, see "
+                  "--split held-out")  # fmt: skip
         for text in getattr(task, "notes", ()):
             _note(text)
         tasks[name] = task, defaults | options

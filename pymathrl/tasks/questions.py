@@ -48,8 +48,11 @@ STATED = {  # how a solution states its answer, by mode
     "auto": "<answer>{gold}</answer>",
 }  # fmt: skip
 SCALAR = 80  # characters of a text that is kept in `Problem.meta["fields"]`
-# an option's letter, alone, in brackets or punctuated, more words after it; a small one must be punctuated or alone
-_LETTER = re.compile(r"\(?(?:([A-Z])[).:]?(?:\s.*)?|([a-z])(?:[).:](?:\s.*)?)?)", re.DOTALL)
+# an option's letter, alone, in brackets or punctuated, more words after it, but not another letter to choose from; a
+# small one must be punctuated or alone
+_LETTER = re.compile(
+    r"\(?(?:([A-Z])(?!\)?\s*(?:and|or)\s+\(?[A-Z]\b)[).:]?(?:\s.*)?|([a-z])(?:[).:](?:\s.*)?)?)", re.DOTALL
+)
 _CLOTHES = re.compile(r"\\(?:text|textbf|mathrm|mathbf|boxed)\s*\{([^{}]*)\}")
 _DIGIT = re.compile(r"[0-9]")
 
@@ -73,7 +76,7 @@ class Item:
 class Questions:
     """items are trained on, held_out are for test. template_name: of `templates.TEMPLATES`, "{subset}" in it is
     replaced by the problem's. answer: a key of `ANSWERS`, or "template": where that puts it. notes: what was left out
-    of the data and why, with counts."""
+    of the data and why, with counts. own_test: the data say themselves what is for test: a split, or all of it."""
 
     name: str
     items: tuple[Item, ...]
@@ -83,6 +86,7 @@ class Questions:
     format_score: float = 0.0
     kind: str = "equal"
     notes: tuple[str, ...] = ()
+    own_test: bool = False
 
     @property
     def template(self) -> Template:
@@ -149,7 +153,10 @@ class Questions:
 
     def solution(self, problem: Problem, rng: random.Random) -> str:
         mode = self._mode(problem.meta.get("subset", ""), "options" in problem.meta)
-        return "</think>" + STATED[mode].format(gold=problem.answer)
+        said = problem.answer
+        if mode == "choice" and "options" in problem.meta:
+            said = LETTERS[problem.meta["options"].index(said)]
+        return "</think>" + STATED[mode].format(gold=said)
 
     def _template(self, subset: str, options: bool) -> Template:
         name = self.template_name.replace("{subset}", subset.split("-")[0])
@@ -294,6 +301,7 @@ def _build(
     for item in (*train, *test):
         if item.options and answer == "last":
             raise UserError(f"{name}: an option is named in an answer tag; use answer='tag'")
+    own_test = record.benchmark or bool(train and test)
     if train and test:  # the set says itself what is held out
         tested = {_key(item.question) for item in test}
         clean = [item for item in train if _key(item.question) not in tested]
@@ -305,7 +313,9 @@ def _build(
         for item in rows:
             (test if held_out is None or "question:" + item.question in held_out else train).append(item)
     notes = tuple(f"{name}: {count} {what} left out" for what, count in left_out.items() if count)
-    return Questions(name, tuple(train), tuple(test), record.template, answer, format_score, record.kind, notes)
+    return Questions(
+        name, tuple(train), tuple(test), record.template, answer, format_score, record.kind, notes, own_test
+    )
 
 
 def _key(question: str) -> str:

@@ -31,9 +31,10 @@ def test_json_holds_metrics_and_every_response(tmp_path, capsys):
     assert main([*argv, "--json", str(tmp_path / "again.json"), "--device", "cpu"]) == 0
     again = json.loads((tmp_path / "again.json").read_text())
     assert again["problems"] == record["problems"], "the same seed gives the same samples"
-    capsys.readouterr()
+    assert f"every row of {file} is graded" in capsys.readouterr().err
     assert main([*argv, "--split", "held-out", "--device", "cpu"]) == 0
-    assert "5 problems" not in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "5 problems" not in printed.out and "every row" not in printed.err
 
 
 def test_options_of_the_task_reach_it(tmp_path, capsys, monkeypatch):

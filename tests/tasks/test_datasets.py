@@ -57,6 +57,7 @@ def test_a_local_set_loads_whole(local, name):
     if name in DATASETS:
         left_out = sum(int(note.split(": ")[1].split()[0]) for note in task.notes)
         assert train + test + left_out == sum(record.rows.values())
+    assert task.own_test == ("test" in record.rows)
     if train:
         assert task.train(0, 0).question != task.train(0, 1).question
     else:

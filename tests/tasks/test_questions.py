@@ -107,11 +107,14 @@ def test_options(tmp_path):
     assert "Which is prime?\nA. 4\nB. 7\nC. 9\n" in chat and "letter" in chat
     for answer, reward in (("B", 1.0), ("(B)", 1.0), ("B. 7", 1.0), ("7", 1.0), ("A", 0.1), ("9", 0.1), ("D", 0.0),
                            ("b", 1.0), ("b) 7", 1.0), ("\\textbf{(B)}", 1.0), ("BC", 0.0), ("", 0.0), ("77", 0.0),
-                           ("a cat", 0.0), ("7.0", 1.0)):  # fmt: skip
+                           ("a cat", 0.0), ("7.0", 1.0), ("B or C", 0.0), ("(B) and (C)", 0.0)):  # fmt: skip
         grade = task.grade(one, f"B<answer>{answer}</answer>")
         assert grade.reward == reward and grade.correct == (reward == 1.0), answer
     assert task.grade(one, "B").reward == 0.0
     assert task.grade(one, "<answer>B</answer>").canonical == "7"
+    for mode in ("tag", "boxed", "choice"):
+        own = load_task(tmp_path / "choice.jsonl", split="all", answer=mode)
+        assert own.grade(one, own.solution(one, random.Random(0))).correct, mode
     words = {"question": "Sky?", "answer": "blue", "options": ["blue", "red"]}  # no number needed
     assert load_task(write(tmp_path / "words.jsonl", [words]), split="all").test()[0].answer == "blue"
     for change, message in (
