@@ -183,10 +183,15 @@ def verifier_of(task: Task, problems: Sequence[Problem]) -> str:
 
 def group_samples(task: Task, problem: Problem, row: Sequence[Sample]) -> list[int]:
     """The group of each sample by its answer, -1 without one and where it was cut off: by the equality that grades a
-    task which compares answers, by the canonical form where the task itself grades."""
+    task which compares answers, after the canonical form; by that alone where the task itself grades."""
     if hasattr(task, "check"):
         cfg: Policy = task.check(problem).cfg
-        return group_answers([None if s.cut else s.extracted for s in row], lambda a, b: bool(equal(a, b, cfg=cfg)))
+        first: dict[str, str] = {}  # of each canonical form, an answer: a letter and its option are one, and right ones
+        said = [
+            None if s.cut or s.extracted is None else first.setdefault(s.canonical or s.extracted, s.extracted)
+            for s in row
+        ]
+        return group_answers(said, lambda a, b: bool(equal(a, b, cfg=cfg)))
     return group_answers([None if s.cut else s.canonical for s in row])
 
 
@@ -361,6 +366,8 @@ def _checklist(problems: Sequence[Problem], rows: Rows) -> tuple[dict[str, Score
         fields = fields_of(problem)
         kind, question = fields.get("task_type"), fields.get("question_type")
         if kind not in CHECK_TASKS or question not in CHECK_QUESTIONS:
+            return {}, {}
+        if kind in JUDGING and problem.answer not in JUDGING[kind]:
             return {}, {}
         label = JUDGING[kind].index(problem.answer) if kind in JUDGING else None
         group = str(fields.get("group_id", problem.uid))

@@ -77,10 +77,12 @@ ROWS = (
 
 NOTES = """\
 Intervals: 95 %, bootstrap over problems (10,000 draws, seed 0); of pass@1 with one sample per problem Wilson's. They
-say how the mean moves with other problems; the sd over samples, how it moves with other draws on these. A response that
-was cut off counts as wrong and has no vote. Flexible: where no answer is found, the last number of the response counts.
-maj@k: votes among k samples, {ties}. Distances between responses are those of hashed n-grams (4096 dimensions): compare
-them with each other only. Entropy is of the distribution that was drawn from, temperature and filters included."""
+say how the mean moves with other problems; the sd over samples, how it moves with other draws on these. Draws without a
+problem to divide by are left out, so what is over solved problems or correct responses has too narrow an interval where
+these are few. A response that was cut off counts as wrong and has no vote. Flexible: where no answer is found, the last
+number of the response counts. maj@k: votes among k samples, {ties}. Distances between responses are those of hashed
+n-grams (4096 dimensions): compare them with each other only. Entropy is of the distribution that was drawn from,
+temperature and filters included."""
 
 PAIRED = r"(flexible/)?pass@|maj@|completions/mean_length"  # what of the comparisons is shown on the terminal
 

@@ -1,6 +1,7 @@
 """The numbers of an evaluation from samples made by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -144,6 +145,8 @@ def test_answers_are_grouped_by_the_equality_that_grades():
     row = [sample(a, a not in (None, "2"), number=i) for i, a in enumerate(answers)]
     assert group_samples(ComparingTask(), problem, row) == [0, 0, -1, 1, 0]
     assert group_samples(PlainTask(), problem, row) == [0, 1, -1, 2, 3]
+    letters = [replace(s, canonical=c) for s, c in zip(row, ["x", "y", None, "y", "x"], strict=True)]
+    assert group_samples(ComparingTask(), problem, letters) == [0, 0, -1, 0, 0], "0.5 and 2 are the form y: one option"
     assert verifier_of(ComparingTask(), [problem]) != verifier_of(PlainTask(), [problem])
 
 
