@@ -27,6 +27,7 @@ from pymathrl.verify.policy import Policy, Verdict
 from pymathrl.verify.readings import Assignments, Equation, Inequality, Reading, System, Value, as_inequality, read
 
 DEFAULT = Policy()
+AGREED = f"agree to {numeric.AGREE_DIGITS} digits at {numeric.POINTS} points"  # without a proof
 STAGES = ("text", "kind", "exact", "numeric", "symbolic")  # the dearest one that was needed decides
 MAX_ITEMS = 60  # of a list whose items are not all plain numbers
 
@@ -104,7 +105,7 @@ class _Comparison:
         self.cfg, self.symbolic = cfg, symbolic
         self.former, self.budget = Former(), numeric.Budget()
         self.stage = 0
-        self.reason = ""
+        self.reason, self.agreed = "", False
 
     def used(self, stage: str) -> None:
         self.stage = max(self.stage, STAGES.index(stage))
@@ -139,7 +140,7 @@ class _Comparison:
         if found is None:
             return None if not self.symbolic else Verdict(False, "no proof", "symbolic")
         if found:
-            return self.formed(b, Verdict(True, self.reason or "equal", stage))
+            return self.formed(b, Verdict(True, AGREED if self.agreed else "equal", stage))
         return Verdict(False, self.reason or "different", stage)
 
     def split_thousands(self, gold: Node, answer: Node, a: str, b: str) -> bool | None:
@@ -595,7 +596,7 @@ class _Comparison:
             return True
         doubtful = any(numeric.has_integer_parameter(x) or numeric.has_pieces(x) for x in (a, b))
         if seen == numeric.AGREE and not doubtful:
-            self.reason = f"agree to {numeric.AGREE_DIGITS} digits at {numeric.POINTS} points"
+            self.agreed = True
             return True
         return self.because("no proof")
 

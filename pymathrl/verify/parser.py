@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from fractions import Fraction
+from functools import lru_cache
 
 from pymathrl.verify import nodes as t
 from pymathrl.verify.lexer import Token, TooLarge, Unreadable, tokens
@@ -63,7 +64,9 @@ def parse(text: str) -> Node | None:
     return parse_normalized(normalize(text[: MAX_LENGTH + 1]))
 
 
+@lru_cache(maxsize=2048)
 def parse_normalized(text: str) -> Node | None:
+    """`parse` of a normalized text. Remembered: a gold answer meets every response of its group."""
     if len(text) > MAX_LENGTH:
         raise TooLarge(f"longer than {MAX_LENGTH} characters")
     if not text:

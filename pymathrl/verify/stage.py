@@ -20,6 +20,7 @@ from torch import Tensor
 from pymathrl.batch import Rollout
 from pymathrl.models import Tokenizer
 from pymathrl.tasks import Grade, Problem, Task
+from pymathrl.verify.equality import AGREED
 from pymathrl.verify.nodes import Word
 from pymathrl.verify.parser import parse
 from pymathrl.verify.policy import Result
@@ -48,7 +49,7 @@ class Tally:
         wrong = {r.extracted for r in self.results if r.extracted is not None and r.stage in ("text", "kind")}
         words = {text for text in wrong if isinstance(parse(text), Word)}
         symbolic = [r for r in self.results if r.correct and r.stage == "symbolic"]
-        agreed = sum(r.reason.startswith("agree") for r in symbolic)
+        agreed = sum(r.reason == AGREED for r in symbolic)
         out = {
             "no_answer": sum(r.extracted is None for r in self.results) / count,
             "unparsed": sum(r.extracted in words and not r.correct for r in self.results) / count,
