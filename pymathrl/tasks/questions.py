@@ -5,6 +5,7 @@ options name. A row may have a "hint", and "options": a list of texts, one of wh
 with letters, and a response names the letter or the option.
 """
 
+import math
 import random
 import re
 from collections import Counter
@@ -419,9 +420,12 @@ def _read_options(row: Row) -> tuple[str, ...]:
 
 def _tolerance(row: Row) -> float:
     try:
-        return max(float(part) for part in row.get("error").split(","))
+        tolerance = max(float(part) for part in row.get("error").split(","))
     except ValueError:
+        tolerance = math.nan
+    if not 0 <= tolerance < math.inf:
         row.fail("error", "a tolerance such as 1e-1")
+    return tolerance
 
 
 def unwrapped(prompt: str) -> str:

@@ -174,6 +174,10 @@ def test_worked_golds_steps_and_tolerance(tmp_path):
     assert one.meta["fields"] == {"id": "a-1", "final_answer_correct": False}
     assert task.grade(one, "\\boxed{1}").correct and not task.grade(one, "\\boxed{-1}").correct
 
+    row = {"question": "How long?", "final_answer": ["2.5"], "error": "-1"}
+    with pytest.raises(UserError, match="'error' must be a tolerance such as 1e-1"):
+        load_task(f"olympiadbench:{write(tmp_path / 'rows.jsonl', [row])}")
+
 
 def test_golds():
     assert [gold_text(v) for v in (27.0, 0.5, 7, "025", " $x$ ", "\\$18", "$\\$5$", True, None, float("inf"), [1])] == [
