@@ -17,7 +17,7 @@ from itertools import chain
 from pymathrl.verify import nodes as t
 from pymathrl.verify import numeric, symbolic
 from pymathrl.verify import real_sets as rs
-from pymathrl.verify.canonical import Former, Mono, NoForm, Poly, Undefined, number, substitute
+from pymathrl.verify.canonical import Form, Former, Mono, NoForm, Poly, Undefined, number, substitute
 from pymathrl.verify.forms import has_form
 from pymathrl.verify.lexer import TooLarge
 from pymathrl.verify.nodes import Node
@@ -129,8 +129,8 @@ class _Comparison:
             if words(a) in _UNDEFINED or self.is_undefined(gold):
                 return Verdict(False, "undefined", "exact")
             return self.formed(b, Verdict(True, "same text", "text"))
-        if words(a) == words(b) and words(a) and (isinstance(gold, t.Word) or isinstance(answer, t.Word)):
-            if words(a) in _UNDEFINED:
+        if (isinstance(gold, t.Word) or isinstance(answer, t.Word)) and (said := words(a)) and said == words(b):
+            if said in _UNDEFINED:
                 return Verdict(False, "undefined", "text")
             return Verdict(True, "same words", "text")
         found = self.trees(gold, answer)
@@ -250,11 +250,15 @@ class _Comparison:
             return _all([self.values(a.left, b.left), self.values(a.right, b.right)])
         self.used("exact")
         try:
-            p, q = (self.former.add(self.former.form(e.left), self.former.multiply(number(Fraction(-1)),
-                    self.former.form(e.right)))[0] for e in (a, b))  # fmt: skip
+            p, q = (self.difference(e)[0] for e in (a, b))
         except (NoForm, Undefined):
             return _all([self.values(a.left, b.left), self.values(a.right, b.right)])
         return self.proportional(p, q) is not None or self.because("different equations")
+
+    def difference(self, relation: Equation | Inequality) -> Form:
+        """left - right"""
+        form = self.former.form
+        return self.former.add(form(relation.left), self.former.multiply(number(Fraction(-1)), form(relation.right)))
 
     def proportional(self, p: Poly, q: Poly) -> Fraction | None:
         """c with p = c q, c rational (1 for other constants); None where there is none."""
@@ -291,8 +295,7 @@ class _Comparison:
             return self.because("different inequalities")
         self.used("exact")
         try:
-            p, q = (self.former.add(self.former.form(e.left), self.former.multiply(number(Fraction(-1)),
-                    self.former.form(e.right))) for e in (a, b))  # fmt: skip
+            p, q = (self.difference(e) for e in (a, b))
         except (NoForm, Undefined):
             return self.because("different inequalities")
         if p[1] != q[1]:
@@ -499,13 +502,11 @@ class _Comparison:
         return self.because("a tuple and something else")
 
     def components(self, a: Node, b: Node) -> bool | None:
-        if rs.is_infinite(a) or rs.is_infinite(b):
-            return rs.is_infinite(a) == rs.is_infinite(b)
         if isinstance(a, t.Chain) and isinstance(b, t.Chain):
             return self.readings(read(a), read(b))
         if isinstance(a, t.Braces) != isinstance(b, t.Braces):  # {1}, {2} are no numbers
             return self.because("a set among the items of a list")
-        return self.values(a, b)
+        return self.ends(a, b)
 
     def lists(self, a: Node, b: Node) -> bool | None:
         """Unordered, duplicates collapse; where items are left out by dots, as written."""
@@ -556,8 +557,8 @@ class _Comparison:
             found = self.former.equal(p, q)
         except Undefined as error:
             return self.because(f"undefined: {error}")
-        except TooLarge as error:
-            return self.large(a, b, error)
+        except TooLarge:
+            return self.large(a, b)
         except NoForm:
             found = None
         if found:
@@ -568,13 +569,13 @@ class _Comparison:
             if found is None:
                 self.used("numeric")
                 found = self.numbers(a, b)
-        except TooLarge as error:
-            return self.large(a, b, error)
+        except TooLarge:
+            return self.large(a, b)
         except (Undefined, numeric.Outside):
             return self.because("undefined")
         return found if found is not False else self.because("different values")
 
-    def large(self, a: Node, b: Node, error: TooLarge) -> bool:
+    def large(self, a: Node, b: Node) -> bool:
         """Powers too large to write out: by their residues."""
         self.used("numeric")
         if numeric.same_residues(a, b):
