@@ -3,7 +3,7 @@
 // N rows, F width. Bytes in fp32 (bf16: half): forward 12NF, backward 20NF. 25 flops per element, 2 per byte:
 // memory-bound on a GPU; on a CPU outside its caches.
 #pragma once
-#include "common/row_softmax.h"
+#include "common/activations.h"
 
 namespace pymathrl {
 
@@ -27,18 +27,7 @@ void swiglu_cuda(const SwigluParams& p, int device, void* stream);
 void swiglu_backward_cpu(const SwigluGradParams& p);
 void swiglu_backward_cuda(const SwigluGradParams& p, int device, void* stream);
 
-// s(x) and 1 - s(x) = s(-x), both to full relative precision: a difference from 1 would have no digit left at x = 17.
-// The exponential is of -|x|: no overflow. F: float or f32x16.
-template <class F> struct Sigmoid {
-  F s, rest;
-};
-template <class F> HD Sigmoid<F> sigmoid(F x) {
-  F e = exp_row(as_float(as_bits(x) | 0x80000000u));
-  F of_positive = 1.0f / (e + 1.0f), of_negative = e * of_positive;
-  return {pick(x < 0.0f, of_negative, of_positive), pick(x < 0.0f, of_positive, of_negative)};
-}
-
-template <class F> HD F swiglu_value(F gate, F up) { return gate * sigmoid(gate).s * up; }
+template <class F> HD F swiglu_value(F gate, F up) { return silu(gate) * up; }
 
 template <class F> struct SwigluGrad {
   F gate, up;
