@@ -57,6 +57,7 @@ EVAL_KS = (1, 8)
 # Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
 STATE_FORMAT = 3
 MAX_SKIPS = 10  # optimizer steps skipped in a row, or steps without a group, after which a run gives up
+SCAN_TILE = 64  # tokens for which a scan keeps one state (kScanTile in csrc/selective_scan.h)
 
 
 class Stop:
@@ -388,13 +389,14 @@ def new_run_dir(given: str | None, name: str) -> Path:
 @dataclass(frozen=True)
 class Memory:
     """What a run needs of the free memory, in bytes, besides its loaded weights: gradients, moments and master weights;
-    the activations of the largest micro-batch; the step buffers of generation. The KV cache gets the rest, as far as
-    it can use it: `pages`."""
+    the activations of the largest micro-batch; the step buffers of generation, and a hybrid's states. The KV cache gets
+    the rest, as far as it can use it: `pages`."""
 
     free: int
     update: int
     activations: int
     buffers: int
+    states: int
     pages: int
     page_bytes: int
     wanted: int  # pages with which no sequence ever waits for memory
@@ -407,10 +409,15 @@ class Memory:
         if not generates:
             return text
         cache = self.pages * self.page_bytes
+        states = f", states {_gib(self.states)}" if self.states else ""
         return (
-            f"{text}, step buffers {_gib(self.buffers)}, KV cache {_gib(cache)} "
+            f"{text}, step buffers {_gib(self.buffers)}{states}, KV cache {_gib(cache)} "
             f"({self.pages:,} pages of {PAGE} tokens, {self.wanted:,} would hold every response at full length)"
         )
+
+
+def _mamba_layers(m: ModelConfig) -> str:
+    return "" if m.mamba is None else f" ({m.num_layers - m.attention_count} of them Mamba)"
 
 
 def kept_bytes(m: ModelConfig, size: int) -> int:
@@ -418,11 +425,18 @@ def kept_bytes(m: ModelConfig, size: int) -> int:
 
     Per layer: the residual stream and its norm at both norms, q, k and v as attention reads them, what it gives, gate
     and up, their product; under q and k norms also q, k and v before them; in fp32 the scale of both norms and, per
-    head, attention's log-sum-exp.
+    head, attention's log-sum-exp. A Mamba layer instead of attention: its projection, dt, the convolution's and the
+    scan's result, and in fp32 a state for each SCAN_TILE tokens.
     """
     qkv = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
-    kept = 4 * m.hidden_size + (1 + m.qk_norm) * qkv + m.num_heads * m.head_dim + 3 * m.intermediate_size
-    return m.num_layers * (kept * size + 4 * (2 + m.num_heads))
+    attention = ((1 + m.qk_norm) * qkv + m.num_heads * m.head_dim) * size + 4 * m.num_heads
+    kept = m.num_layers * ((4 * m.hidden_size + 3 * m.intermediate_size) * size + 4 * 2)
+    kept += m.attention_count * attention
+    if m.mamba is not None:
+        scan = (sum(m.mamba.parts) + 3 * m.mamba.inner_size) * size
+        scan += 4 * m.mamba.state_size * m.mamba.inner_size // SCAN_TILE
+        kept += (m.num_layers - m.attention_count) * scan
+    return kept
 
 
 def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_policy: int = 0) -> Memory:
@@ -439,10 +453,11 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_pol
     activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
     side = min(rows, c.rollout_rows)
     buffers = Buffers.nbytes(model, max(c.rollout_rows, PREFILL_ROWS))
-    page, free = PagedCache.page_bytes(model), devices.free_bytes(device)
+    states = PagedCache.state_bytes(model) * (side + min(side, c.prompts_per_step))
+    page, free = max(1, PagedCache.page_bytes(model)), devices.free_bytes(device)
     wanted = side * -(-context // PAGE) + c.prompts_per_step * -(-c.max_prompt_tokens // PAGE)
-    pages = max(0, min(wanted, (free - update - activations - buffers) // page))
-    return Memory(free, update, activations, buffers, pages, page, wanted)
+    pages = max(0, min(wanted, (free - update - activations - buffers - states) // page))
+    return Memory(free, update, activations, buffers, states, pages, page, wanted)
 
 
 def describe(
@@ -456,8 +471,8 @@ def describe(
         where = f"{torch.cuda.get_device_name(device)}; attention of the update: {fused_attention()[1]}"
     lines = [
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
-        f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers, width {m.hidden_size}, "
-        f"vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
+        f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers{_mamba_layers(m)}, "
+        f"width {m.hidden_size}, vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
         max(memory, key=lambda plan: plan.update + plan.activations + plan.wanted * plan.page_bytes).line(),
     ]  # fmt: skip

@@ -1,8 +1,9 @@
 """What a decoder is, without its network: shape, rotary positions, and the tensors of its checkpoint.
 
 Llama, Qwen2 (also 2.5) and Qwen3 are one decoder with two switches: a bias on q, k and v (Qwen2), and an RMSNorm over
-each q and k head (Qwen3). Memory holds a checkpoint's values in the checkpoint's own layout, only stacked: `qkv` has
-the rows of q, k and v, `gate_up` those of gate and up, one GEMM each.
+each q and k head (Qwen3). A hybrid (M1) is a Llama of which some layers are Mamba layers. Memory holds a checkpoint's
+values in the checkpoint's own layout, only stacked: `qkv` has the rows of q, k and v, `gate_up` those of gate and up,
+one GEMM each.
 
 Dimensions: D hidden size, H query heads, K key/value heads, E head size, F MLP size, V vocabulary.
 """
@@ -24,6 +25,9 @@ ARCHITECTURES = {  # model_type -> architecture
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+MAMBA_FILE = "mamba_config.json"  # beside config.json: the decoder is a hybrid
+SSM_KEYS = ("expand", "d_state", "d_conv", "dt_rank")  # of its ssm_cfg, read
+SSM_ONLY = {"conv_bias": True, "bias": False, "repeat_kv_before_conv": True}  # of its ssm_cfg, no other value is read
 ROPE_TYPES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # rope_type -> fields it needs, fields it may have
     "default": ((), ()),
     "linear": (("factor",), ()),
@@ -108,6 +112,90 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Mamba:
+    """Shape of the Mamba layers of a hybrid, and which layers are none: what mamba_config.json says (M1, arXiv
+    2504.10449).
+
+    Channel c of inner_size belongs to mini-head c // state_size; x and B have xb_size / state_size mini-heads, each
+    repeated for inner_size / xb_size neighbouring ones.
+    """
+
+    inner_size: int  # d_inner, channels
+    xb_size: int  # d_xb, of x and of B before they are repeated; divides inner_size
+    attention_layers: tuple[int, ...]  # attn_layers, counted from 0; the others are Mamba layers
+    dt_rank: int  # of the projection that makes delta
+    state_size: int = 16  # d_state, numbers per channel; divides xb_size
+    conv_width: int = 4  # d_conv, tokens
+    base: str | None = None  # config.json's _name_or_path: the model that M1's own loader builds on
+
+    def __post_init__(self) -> None:
+        for name in ("inner_size", "xb_size", "dt_rank", "state_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{MAMBA_FILE}: {name} must be at least 1, got {getattr(self, name)}")
+        if self.inner_size % self.xb_size or self.xb_size % self.state_size:
+            raise UserError(
+                f"{MAMBA_FILE}: d_xb must divide d_inner, and d_state must divide d_xb, got d_inner = "
+                f"{self.inner_size}, d_xb = {self.xb_size} and d_state = {self.state_size}"
+            )
+        if not 2 <= self.conv_width <= 4:
+            raise UserError(f"{MAMBA_FILE}: d_conv must be 2, 3 or 4, got {self.conv_width}")
+
+    @property
+    def parts(self) -> list[int]:
+        """Rows of the input projection: z, x, B, C, r."""
+        return [self.inner_size, self.xb_size, self.xb_size, self.inner_size, self.dt_rank]
+
+    @staticmethod
+    def from_hf(raw: dict[str, Any], c: ModelConfig, base: str | None) -> Mamba:
+        """raw: the object of mamba_config.json, beside a config.json that says `c`."""
+        for key, same in (
+            ("d_model", c.hidden_size), ("n_layer", c.num_layers), ("intermediate_size", c.intermediate_size),
+            ("hidden_act", "silu"), ("vocab_size", c.vocab_size), ("rms_norm_eps", c.rms_norm_eps),
+        ):  # fmt: skip
+            if raw.get(key) not in (None, same):
+                raise UserError(f"{MAMBA_FILE}: {key} must be {same!r}, as config.json says, got {raw[key]!r}")
+        kwargs = raw.get("ssm_cfg") or {}
+        unknown = sorted(set(kwargs) - set(SSM_KEYS) - set(SSM_ONLY))
+        if unknown:
+            raise UserError(f"{MAMBA_FILE}: ssm_cfg: {unknown[0]} = {kwargs[unknown[0]]!r} is not supported")
+        for key, only in SSM_ONLY.items():
+            if kwargs.get(key, only) != only:
+                raise UserError(f"{MAMBA_FILE}: ssm_cfg: {key} must be {only!r}, got {kwargs[key]!r}")
+
+        def size(key: str, source: dict[str, Any], default: int) -> int:
+            value = source.get(key)
+            value = default if value in (None, "auto") else value
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UserError(f"{MAMBA_FILE}: {key} must be an integer, got {value!r}")
+            return value
+
+        layers = raw.get("attn_layers")
+        if not isinstance(layers, list) or not all(isinstance(i, int) for i in layers):
+            raise UserError(f"{MAMBA_FILE}: attn_layers must be a list of layer numbers, got {layers!r}")
+        inner = size("d_inner", raw, size("expand", kwargs, 1) * c.hidden_size)
+        return Mamba(
+            inner_size=inner, xb_size=size("d_xb", raw, c.num_kv_heads * c.head_dim), attention_layers=tuple(layers),
+            dt_rank=size("dt_rank", kwargs, -(-c.hidden_size // 16)), state_size=size("d_state", kwargs, 16),
+            conv_width=size("d_conv", kwargs, 4), base=base,
+        )  # fmt: skip
+
+    def to_hf(self, c: ModelConfig) -> dict[str, Any]:
+        """mamba_config.json."""
+        return {
+            "d_model": c.hidden_size,
+            "ssm_cfg": {"d_state": self.state_size, "d_conv": self.conv_width, "dt_rank": self.dt_rank, "expand": 1},
+            "rms_norm_eps": c.rms_norm_eps,
+            "vocab_size": None,
+            "d_inner": self.inner_size,
+            "d_xb": self.xb_size,
+            "intermediate_size": c.intermediate_size,
+            "hidden_act": "silu",
+            "n_layer": c.num_layers,
+            "attn_layers": list(self.attention_layers),
+        }
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Shape of a decoder; the meaning of each field is that of Hugging Face's config.json."""
 
@@ -126,6 +214,7 @@ class ModelConfig:
     attention_bias: bool = False  # bias on q, k and v (Qwen2); the output projection has none
     qk_norm: bool = False  # RMSNorm over each q and k head before rotation (Qwen3)
     model_type: str = "llama"
+    mamba: Mamba | None = None  # of a hybrid
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
@@ -149,6 +238,25 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"model config: head_dim must be even for rotary positions, got {self.head_dim}")
+        if self.mamba is None:
+            return
+        layers = self.mamba.attention_layers
+        if sorted(set(layers)) != sorted(layers) or not all(0 <= i < self.num_layers for i in layers):
+            raise UserError(
+                f"{MAMBA_FILE}: attn_layers must be different numbers in 0..{self.num_layers - 1}, got {list(layers)}"
+            )
+        if len(layers) == self.num_layers:
+            raise UserError(f"{MAMBA_FILE}: attn_layers names every layer; a hybrid has at least one Mamba layer")
+        if self.attention_bias or self.qk_norm:
+            raise UserError(f"{MAMBA_FILE}: a hybrid must be of model_type 'llama', got {self.model_type!r}")
+
+    def is_attention(self, layer: int) -> bool:
+        return self.mamba is None or layer in self.mamba.attention_layers
+
+    @property
+    def attention_count(self) -> int:
+        """Layers of attention; the others are Mamba layers."""
+        return self.num_layers if self.mamba is None else len(self.mamba.attention_layers)
 
     @staticmethod
     def from_hf(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -169,7 +277,8 @@ class ModelConfig:
         eos: int | list[int] | None = list(self.eos_ids)
         if isinstance(eos, list) and len(eos) < 2:
             eos = eos[0] if eos else None
-        return {
+        base = {} if self.mamba is None or self.mamba.base is None else {"_name_or_path": self.mamba.base}
+        return base | {
             "architectures": [ARCHITECTURES[self.model_type]],
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
@@ -333,27 +442,25 @@ class TensorSpec:
 
     def view(self, params: dict[str, Tensor]) -> Tensor:
         """The rows of this tensor in its parameter (or in the parameter's gradient): a view, contiguous."""
-        return params[self.param].narrow(0, self.start, self.shape[0])
+        return params[self.param].narrow(0, self.start, self.shape[0]).view(self.shape)
 
 
-def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
-    """Every tensor of the checkpoint, in the order in which it is written."""
+def tensor_specs(config: ModelConfig, split: bool = False) -> Iterator[TensorSpec]:
+    """Every tensor of the checkpoint, in the order in which it is written. split: the older naming of hybrids, in which
+    the parts of a layer's input projection are tensors of their own; such files are read, not written."""
     c = config
-    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     yield TensorSpec("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embed")
     for i in range(c.num_layers):
         hf, own = f"model.layers.{i}.", f"layers.{i}."
-        yield TensorSpec(hf + "input_layernorm.weight", (c.hidden_size,), own + "attn_norm")
-        blocks = (("q", 0, q), ("k", q, kv), ("v", q + kv, kv))
-        for name, start, size in blocks:
-            yield TensorSpec(f"{hf}self_attn.{name}_proj.weight", (size, c.hidden_size), own + "qkv", start)
-        if c.attention_bias:
-            for name, start, size in blocks:
-                yield TensorSpec(f"{hf}self_attn.{name}_proj.bias", (size,), own + "qkv_bias", start)
-        if c.qk_norm:
-            for name in ("q_norm", "k_norm"):
-                yield TensorSpec(f"{hf}self_attn.{name}.weight", (c.head_dim,), own + name)
-        yield TensorSpec(hf + "self_attn.o_proj.weight", (c.hidden_size, q), own + "out")
+        yield TensorSpec(hf + "input_layernorm.weight", (c.hidden_size,), own + "mixer_norm")
+        if c.mamba is not None and not c.is_attention(i):
+            yield from _mamba_specs(c, c.mamba, hf + "mamba.", own, split)
+        elif c.mamba is not None and not split:
+            q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+            yield TensorSpec(hf + "mha.in_proj.weight", (q + 2 * kv, c.hidden_size), own + "qkv")
+            yield TensorSpec(hf + "mha.out_proj.weight", (c.hidden_size, q), own + "out")
+        else:
+            yield from _attention_specs(c, hf + "self_attn.", own)
         yield TensorSpec(hf + "post_attention_layernorm.weight", (c.hidden_size,), own + "mlp_norm")
         for j, name in enumerate(("gate", "up")):
             shape = (c.intermediate_size, c.hidden_size)
@@ -362,3 +469,34 @@ def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     yield TensorSpec("model.norm.weight", (c.hidden_size,), "norm")
     if not c.tie_embeddings:
         yield TensorSpec("lm_head.weight", (c.vocab_size, c.hidden_size), "head")
+
+
+def _attention_specs(c: ModelConfig, hf: str, own: str) -> Iterator[TensorSpec]:
+    q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    blocks = (("q", 0, q), ("k", q, kv), ("v", q + kv, kv))
+    for name, start, size in blocks:
+        yield TensorSpec(f"{hf}{name}_proj.weight", (size, c.hidden_size), own + "qkv", start)
+    if c.attention_bias:
+        for name, start, size in blocks:
+            yield TensorSpec(f"{hf}{name}_proj.bias", (size,), own + "qkv_bias", start)
+    if c.qk_norm:
+        for name in ("q_norm", "k_norm"):
+            yield TensorSpec(f"{hf}{name}.weight", (c.head_dim,), own + name)
+    yield TensorSpec(hf + "o_proj.weight", (c.hidden_size, q), own + "out")
+
+
+def _mamba_specs(c: ModelConfig, m: Mamba, hf: str, own: str, split: bool) -> Iterator[TensorSpec]:
+    if split:
+        start = 0
+        for name, size in zip(("in_proj_z", "in_proj_x", "B_proj", "C_proj", "dt_proj_down"), m.parts, strict=True):
+            yield TensorSpec(f"{hf}{name}.weight", (size, c.hidden_size), own + "in_proj", start)
+            start += size
+    else:
+        yield TensorSpec(hf + "in_proj.weight", (sum(m.parts), c.hidden_size), own + "in_proj")
+    yield TensorSpec(hf + "conv1d.weight", (m.inner_size, 1, m.conv_width), own + "conv")
+    yield TensorSpec(hf + "conv1d.bias", (m.inner_size,), own + "conv_bias")
+    yield TensorSpec(hf + "dt_proj.weight", (m.inner_size, m.dt_rank), own + "dt_proj")
+    yield TensorSpec(hf + "dt_proj.bias", (m.inner_size,), own + "dt_bias")
+    yield TensorSpec(hf + "A_log", (m.inner_size, m.state_size), own + "a_log")
+    yield TensorSpec(hf + "D", (m.inner_size,), own + "d")
+    yield TensorSpec(hf + "out_proj.weight", (c.hidden_size, m.inner_size), own + "out")

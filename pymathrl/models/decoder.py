@@ -1,4 +1,5 @@
-"""Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; q/k/v bias, q/k norm, tied head.
+"""Llama-style decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU; q/k/v bias, q/k norm, tied head;
+in a hybrid, Mamba layers among those of attention (`models/m1.py`).
 
 `Decoder.hidden` is the update's forward pass: packed sequences, autograd. `models/paged.py` is the generator's, over a
 paged cache. Both run the same kernels on one copy of the weights, and every kernel computes a row from that row alone,
@@ -21,52 +22,34 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pymathrl.errors import UserError
+from pymathrl.models.block import Block, Empty, Packed
 from pymathrl.models.config import ModelConfig, rope_table
+from pymathrl.models.m1 import MambaLayer
 from pymathrl.ops.attention import MAX_HEAD, attention, attention_supports
 from pymathrl.ops.linear import linear
-from pymathrl.ops.rms_norm import add_rms_norm, rms_norm
+from pymathrl.ops.rms_norm import add_rms_norm
 from pymathrl.ops.rotary import rotary
-from pymathrl.ops.swiglu import swiglu
 
 
-class Layer(nn.Module):
-    """One block: attention and MLP, each behind its norm and added to the residual stream."""
+class AttentionLayer(Block):
+    """A layer whose mixer is attention."""
 
-    def __init__(self, c: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> None:
-        super().__init__()
+    def make_mixer(self, empty: Empty) -> None:
+        c = self.config
         q, kv = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
-
-        self.config = c
-        self.attn_norm = empty(c.hidden_size)
         self.qkv = empty(q + 2 * kv, c.hidden_size)
         self.qkv_bias = empty(q + 2 * kv) if c.attention_bias else None
         self.q_norm = empty(c.head_dim) if c.qk_norm else None
         self.k_norm = empty(c.head_dim) if c.qk_norm else None
         self.out = empty(c.hidden_size, q)
-        self.mlp_norm = empty(c.hidden_size)
-        self.gate_up = empty(2 * c.intermediate_size, c.hidden_size)
-        self.down = empty(c.hidden_size, c.intermediate_size)
 
-    def forward(
-        self, x: Tensor, branch: Tensor | None, position: Tensor, rope: Tensor, offsets: Tensor, longest: int
-    ) -> tuple[Tensor, Tensor]:
-        """x [T,D]: the residual stream, branch [T,D]: what is still to be added to it (None: nothing) -> the same two
-        after this block. position int64 [T], rope as in `rotary`, offsets int64 [B+1] and longest as in `attention`."""
+    def mix(self, h: Tensor, at: Packed) -> Tensor:
         c = self.config
-        if branch is None:
-            h = rms_norm(x, self.attn_norm, c.rms_norm_eps)
-        else:
-            x, h = add_rms_norm(branch, x, self.attn_norm, c.rms_norm_eps)
         qkv = rotary(
-            linear(h, self.qkv, self.qkv_bias), position, rope, c.num_heads, c.num_kv_heads, c.head_dim**-0.5,
+            linear(h, self.qkv, self.qkv_bias), at.position, at.rope, c.num_heads, c.num_kv_heads, c.head_dim**-0.5,
             self.q_norm, self.k_norm, c.rms_norm_eps,
         )  # fmt: skip
-        attended = attention(qkv, offsets, c.num_heads, c.num_kv_heads, longest)
-        x, h = add_rms_norm(linear(attended, self.out), x, self.mlp_norm, c.rms_norm_eps)
-        return x, linear(swiglu(linear(h, self.gate_up)), self.down)
+        return linear(attention(qkv, at.offsets, c.num_heads, c.num_kv_heads, at.longest), self.out)
 
 
 class Decoder(nn.Module):
@@ -89,7 +72,8 @@ class Decoder(nn.Module):
         self.config = config
         shape = (config.vocab_size, config.hidden_size)
         self.embed = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-        self.layers = nn.ModuleList([Layer(config, device, dtype) for _ in range(config.num_layers)])
+        kinds = (AttentionLayer if config.is_attention(i) else MambaLayer for i in range(config.num_layers))
+        self.layers = nn.ModuleList([kind(config, device, dtype) for kind in kinds])
         self.norm = nn.Parameter(torch.empty(config.hidden_size, device=device, dtype=dtype))
         self.head = None if config.tie_embeddings else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         self._rope: Tensor | None = None
@@ -107,6 +91,8 @@ class Decoder(nn.Module):
                 param.zero_()
             else:
                 param.copy_(torch.randn(param.shape, generator=generator) * 0.02)
+        for layer in self.blocks:
+            layer.init_mixer(generator)
 
     @property
     def device(self) -> torch.device:
@@ -122,8 +108,8 @@ class Decoder(nn.Module):
         return self.embed if self.head is None else self.head
 
     @property
-    def blocks(self) -> Iterator[Layer]:
-        return cast(Iterator[Layer], iter(self.layers))
+    def blocks(self) -> Iterator[Block]:
+        return cast(Iterator[Block], iter(self.layers))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N,D] -> fp32 [N,V], kept in fp32 throughout. For scoring: the update's head is fused."""
@@ -155,10 +141,10 @@ class Decoder(nn.Module):
         lengths = offsets.diff()
         position = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
         longest = int(lengths.max())
-        rope = self.rope(longest)
+        at = Packed(position, self.rope(longest), offsets, longest)
         x, branch = F.embedding(ids, self.embed), None
         if inputs is not None:
             x = x.index_put((inputs[0],), inputs[1])
         for layer in self.blocks:
-            x, branch = layer(x, branch, position, rope, offsets, longest)
+            x, branch = layer(x, branch, at)
         return add_rms_norm(cast(Tensor, branch), x, self.norm, self.config.rms_norm_eps)[1]

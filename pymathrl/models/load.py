@@ -2,7 +2,8 @@
 with model.safetensors.index.json), tokenizer.json, tokenizer_config.json, chat_template.jinja and
 additional_chat_templates/.
 
-What `save` writes loads in transformers as it is. Every fault of a folder is one UserError that names the file.
+What `save` writes loads in transformers as it is; a hybrid, which transformers does not know, has a mamba_config.json
+more, as M1's own files do. Every fault of a folder is one UserError that names the file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pymathrl.errors import UserError, nearest
-from pymathrl.models.config import ModelConfig, TensorSpec, tensor_specs, token_ids
+from pymathrl.models.config import MAMBA_FILE, Mamba, ModelConfig, Rope, TensorSpec, tensor_specs, token_ids
 from pymathrl.models.decoder import Decoder
 from pymathrl.models.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer
 from pymathrl.ops._call import use_reference
@@ -86,7 +87,10 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
             "set PYMATHRL_IMPL=ref to run the torch references"
         )
     folder = _resolve(str(path))
-    config = ModelConfig.from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    raw = _read_json(folder / "config.json")
+    config = ModelConfig.from_hf(raw, str(folder / "config.json"))
+    if (folder / MAMBA_FILE).is_file():
+        config = _as_hybrid(config, folder, raw.get("_name_or_path"))
     generation = _read_json(folder / "generation_config.json", required=False)
     tokenizer = _load_tokenizer(folder, config, generation)
     if len(tokenizer) > config.vocab_size and max(tokenizer.backend.get_vocab().values()) >= config.vocab_size:
@@ -107,6 +111,15 @@ def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtyp
     return Policy(model, tokenizer, config, tuple(eos), style, str(path), generation)
 
 
+def _as_hybrid(config: ModelConfig, folder: Path, base: Any) -> ModelConfig:
+    """The config of a folder with a mamba_config.json. M1's attention turns by rope_theta alone: rope_scaling goes."""
+    try:
+        mamba = Mamba.from_hf(_read_json(folder / MAMBA_FILE), config, base if isinstance(base, str) else None)
+        return replace(config, mamba=mamba, rope=Rope())
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+
+
 def save(policy: Policy, folder: str | Path, max_shard_bytes: int = SHARD_BYTES) -> None:
     """Writes the checkpoint into `folder` (made if absent). Not atomic by itself: give it a new folder and rename that.
 
@@ -117,6 +130,10 @@ def save(policy: Policy, folder: str | Path, max_shard_bytes: int = SHARD_BYTES)
     folder.mkdir(parents=True, exist_ok=True)
     config = replace(policy.config, eos_ids=policy.eos_ids, pad_id=policy.tokenizer.pad_id)
     _write_json(folder / "config.json", config.to_hf(policy.model.dtype))
+    if config.mamba is None:
+        (folder / MAMBA_FILE).unlink(missing_ok=True)  # of an earlier save
+    else:
+        _write_json(folder / MAMBA_FILE, config.mamba.to_hf(config))
     eos: int | list[int] = list(policy.eos_ids) if len(policy.eos_ids) > 1 else policy.eos_ids[0]
     generation = {**(policy.generation or {}), "eos_token_id": eos, "pad_token_id": policy.tokenizer.pad_id}
     _write_json(folder / "generation_config.json", generation)
@@ -218,16 +235,19 @@ def _end_ids(generation: dict[str, Any], config: ModelConfig, folder: Path) -> t
 
 def _load_weights(model: Decoder, folder: Path) -> None:
     specs = {spec.name: spec for spec in tensor_specs(model.config)}
+    older = {spec.name: spec for spec in tensor_specs(model.config, split=True)}
     seen: set[str] = set()
     files = _weight_files(folder)
     for file, promised in files:
-        names = _load_file(model, file, specs)
+        names = _load_file(model, file, specs | older)
         missing = sorted(promised - names)
         if missing:
             raise UserError(
                 f"{file}: tensor {missing[0]} is missing although {INDEX} lists it here; download the shard again"
             )
         seen |= names
+    if seen & (older.keys() - specs.keys()):
+        specs = older
     absent = [name for name in specs if name not in seen]
     if absent:
         more = f" and {len(absent) - 1} more" if len(absent) > 1 else ""

@@ -1,4 +1,4 @@
-"""The decoder's forward pass for generation: new tokens in, over keys and values that lie in pages.
+"""The decoder's forward pass for generation: new tokens in, over keys and values that lie in pages, and states.
 
 One pass serves decode, prefill and forced tokens, and runs the same kernels as the update (`Decoder.hidden`), so that a
 token's hidden state has the same bits in both (contract C1). It works on static buffers: what it launches is recorded
@@ -8,18 +8,21 @@ they lie, so a recording survives the optimizer's steps.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 
-from pymathrl.models.decoder import Decoder
+from pymathrl.models.decoder import AttentionLayer, Decoder
+from pymathrl.models.m1 import MambaLayer
 from pymathrl.ops._call import _C, use_reference
 from pymathrl.ops.attention import PAGE, paged_attention
 from pymathrl.ops.linear import linear_out
+from pymathrl.ops.mamba_step import mamba_step
 from pymathrl.ops.rms_norm import rms_norm_out
 from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.ops.soft_embed import SoftOut, SoftSampling, soft_embed
@@ -53,36 +56,57 @@ class Sampling:
 
 
 class PagedCache:
-    """Keys and values of all layers in pages of PAGE tokens.
+    """Keys and values of all L attention layers in pages of PAGE tokens, and the states of all M Mamba layers.
 
-    keys    [L, pages, K, E, PAGE]  transposed, as the decode kernel reads them
+    keys    [L, pages, K, E, PAGE]       transposed, as the decode kernel reads them
     values  [L, pages, K, PAGE, E]
-    table   int32 [slots, C]        the page of tokens PAGE*c .. PAGE*c + PAGE-1 of the sequence in a slot
+    table   int32 [slots, C]             the page of tokens PAGE*c .. PAGE*c + PAGE-1 of the sequence in a slot
+    conv    fp32 [M, states, W-1, X]     the last inputs of each convolution; of a hybrid, as ssm is
+    ssm     fp32 [M, states, N, I]       bf16 would lose slow channels: one that decays by e^-0.001 a token, fed a
+                                         constant whose limit is 1, sticks at 0.25
     """
 
-    def __init__(self, model: Decoder, pages: int, slots: int, columns: int) -> None:
+    def __init__(self, model: Decoder) -> None:
+        """Room for nothing yet; see `grow`."""
         c, like = model.config, model.embed
-        shape = (c.num_layers, pages, c.num_kv_heads)
+        shape = (c.attention_count, 0, c.num_kv_heads)
         self.keys = like.new_empty((*shape, c.head_dim, PAGE), requires_grad=False)
         self.values = like.new_empty((*shape, PAGE, c.head_dim), requires_grad=False)
-        self.table = torch.zeros(slots, columns, dtype=torch.int32, device=like.device)
+        self.table = torch.zeros(0, 0, dtype=torch.int32, device=like.device)
+        m, layers = c.mamba, c.num_layers - c.attention_count
+        conv, ssm = ((0, 0), (0, 0)) if m is None else ((m.conv_width - 1, m.xb_size), (m.state_size, m.inner_size))
+        self.conv, self.ssm = (torch.empty(layers, 0, *shape, device=like.device) for shape in (conv, ssm))
 
     @staticmethod
     def page_bytes(model: Decoder) -> int:
         c = model.config
-        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * PAGE * model.embed.element_size()
+        return 2 * c.attention_count * c.num_kv_heads * c.head_dim * PAGE * model.embed.element_size()
+
+    @staticmethod
+    def state_bytes(model: Decoder) -> int:
+        c, m = model.config, model.config.mamba
+        if m is None:
+            return 0
+        return 4 * (c.num_layers - c.attention_count) * ((m.conv_width - 1) * m.xb_size + m.state_size * m.inner_size)
 
     def copy(self, source: Tensor, target: Tensor) -> None:
         """Pages `source` -> `target` (int64), in every layer: a shared page before its first write."""
         self.keys[:, target] = self.keys[:, source]
         self.values[:, target] = self.values[:, source]
 
-    def grow(self, pages: int, slots: int, columns: int, keep: bool = True) -> None:
-        """Room for so many pages, slots and columns. keep: the keys and values that are there stay, and lie in memory
-        twice while they are copied, one of the two at a time."""
-        if pages != self.keys.shape[1] and not keep:
-            self.keys, self.values = self.keys[:, :0].clone(), self.values[:, :0].clone()
-        for name, sizes in (("keys", (pages,)), ("values", (pages,)), ("table", (slots, columns))):
+    def copy_states(self, source: Tensor, target: Tensor) -> None:
+        """Rows `source` -> `target` (int64) of the states, in every layer: a shared state before its first write."""
+        self.conv[:, target] = self.conv[:, source]
+        self.ssm[:, target] = self.ssm[:, source]
+
+    def grow(self, pages: int, slots: int, columns: int, states: int, keep: bool = True) -> None:
+        """Room for so many pages, slots, columns and states. keep: what is there stays, and lies in memory twice while
+        it is copied, one tensor at a time."""
+        pools = {"keys": pages, "values": pages, "conv": states, "ssm": states}
+        for name, size in pools.items():
+            if size != getattr(self, name).shape[1] and not keep:
+                setattr(self, name, getattr(self, name)[:, :0].clone())
+        for name, sizes in [(name, (size,)) for name, size in pools.items()] + [("table", (slots, columns))]:
             old = getattr(self, name)
             lead = 0 if name == "table" else 1  # the layers come before the pages
             shape = list(old.shape)
@@ -100,6 +124,7 @@ class Buffers:
     stream    [rows, D]     before a pass the input of each row: the embedding of its token (`embed`), or a soft token's
                             vector; after a pass until "token" that of what was drawn, ready for the next
     slot      int64 [rows]  the sequence; -1 = none, the row's results mean nothing
+    state     int64 [rows]  the row of its recurrent state; -1 = none
     position  int64 [rows]  of the fed token in its sequence
     uid       int64 [rows]  the sample of the row, and
     draw      int64 [rows]  the number of the draw in it: what its random number is made from, see `sample_token`
@@ -115,19 +140,27 @@ class Buffers:
             return like.new_zeros((rows, width), requires_grad=False)
 
         self.rows = rows
-        self.inputs = torch.zeros(5, rows, dtype=torch.int64, device=like.device)
-        self.ids, self.slot, self.uid, self.position, self.draw = self.inputs.unbind()
-        self.slot.fill_(-1)
+        self.inputs = torch.zeros(6, rows, dtype=torch.int64, device=like.device)
+        self.ids, self.slot, self.state, self.uid, self.position, self.draw = self.inputs.unbind()
+        self.clear_from(0)
         self.drawn = torch.zeros_like(self.ids)
         self.stream, self.branch, self.hidden = floats(c.hidden_size), floats(c.hidden_size), floats(c.hidden_size)
         self.qkv = floats((c.num_heads + 2 * c.num_kv_heads) * c.head_dim)
         self.attended = floats(c.num_heads * c.head_dim)
+        if c.mamba is not None:
+            self.proj, self.dt, self.scanned = (
+                floats(width) for width in (sum(c.mamba.parts), c.mamba.inner_size, c.mamba.inner_size)
+            )
         self.gate_up, self.act = floats(2 * c.intermediate_size), floats(c.intermediate_size)
         self.head_rows = max(1, min(rows, HEAD_BYTES // (4 * c.vocab_size)))
         self.logits = torch.empty(self.head_rows, c.vocab_size, dtype=torch.float32, device=like.device)
         self.numbers = torch.zeros(4 * rows, dtype=torch.float32, device=like.device)
         self._support: Tensor | None = None
         self._mean: Tensor | None = None
+
+    def clear_from(self, row: int, stop: int | None = None) -> None:
+        """Rows row .. stop-1 are no sequence's."""
+        self.inputs[1:3, row:stop] = -1
 
     def embed(self, model: Decoder, rows: int) -> None:
         """The inputs of the first `rows` rows become the embeddings of their ids."""
@@ -150,7 +183,9 @@ class Buffers:
     def nbytes(model: Decoder, rows: int) -> int:
         c = model.config
         floats = 3 * c.hidden_size + 2 * (c.num_heads + c.num_kv_heads) * c.head_dim + 3 * c.intermediate_size
-        return rows * (floats * model.embed.element_size() + 64) + min(4 * rows * c.vocab_size, HEAD_BYTES)
+        if c.mamba is not None:
+            floats += sum(c.mamba.parts) + 2 * c.mamba.inner_size
+        return rows * (floats * model.embed.element_size() + 72) + min(4 * rows * c.vocab_size, HEAD_BYTES)
 
     def split_numbers(self, rows: int, numbers: Tensor) -> Tensor:
         """numbers [k, 4*rows] of k passes over `rows` rows, as they lie in the buffer -> [4,k,rows]."""
@@ -190,7 +225,7 @@ class Pass:
         with torch.no_grad():
             self._run: Callable[[], None] = self._once
             if replay:
-                buffers.slot.fill_(-1)  # a recording runs or checks its first rows, and older ones need not fit
+                buffers.clear_from(0)  # a recording runs or checks its first rows, and older ones need not fit
                 self._run = self._capture() if model.device.type == "cuda" else self._record()
 
     @torch.no_grad()
@@ -234,20 +269,19 @@ class Pass:
         """Ops of this package alone, on the buffers: what a Program can record."""
         c, b, r = self.model.config, self.buffers, self.rows
         x, branch, h = b.stream[:r], b.branch[:r], b.hidden[:r]
+        places = {"attention": itertools.count(), "mamba": itertools.count()}  # of a layer among its kind, in the cache
         for i, layer in enumerate(self.model.blocks):
             if i == 0:
-                rms_norm_out(x, layer.attn_norm, h, c.rms_norm_eps)
+                rms_norm_out(x, layer.mixer_norm, h, c.rms_norm_eps)
             else:
-                rms_norm_out(branch, layer.attn_norm, h, c.rms_norm_eps, residual=x, sum=x)
-            linear_out(h, layer.qkv, b.qkv[:r], layer.qkv_bias)
-            paged_attention(
-                b.qkv[:r], b.position[:r], b.slot[:r], self.cache.table, self.rope, self.cache.keys[i],
-                self.cache.values[i], b.attended[:r], heads=c.num_heads, kv_heads=c.num_kv_heads,
-                scale=c.head_dim**-0.5, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=c.rms_norm_eps,
-            )  # fmt: skip
+                rms_norm_out(branch, layer.mixer_norm, h, c.rms_norm_eps, residual=x, sum=x)
+            if isinstance(layer, MambaLayer):
+                mixed = self._scan(layer, h, next(places["mamba"]))
+            else:
+                mixed = self._attend(cast(AttentionLayer, layer), h, next(places["attention"]))
             if self.until == "cache" and i + 1 == c.num_layers:
                 return
-            linear_out(b.attended[:r], layer.out, branch)
+            linear_out(mixed, layer.out, branch)
             rms_norm_out(branch, layer.mlp_norm, h, c.rms_norm_eps, residual=x, sum=x)
             linear_out(h, layer.gate_up, b.gate_up[:r])
             swiglu_out(b.gate_up[:r], b.act[:r])
@@ -256,6 +290,26 @@ class Pass:
         if self.until == "token":
             for start in range(0, r, b.head_rows):
                 self._draw(slice(start, min(r, start + b.head_rows)))
+
+    def _attend(self, layer: AttentionLayer, h: Tensor, place: int) -> Tensor:
+        c, b, r = self.model.config, self.buffers, self.rows
+        linear_out(h, layer.qkv, b.qkv[:r], layer.qkv_bias)
+        paged_attention(
+            b.qkv[:r], b.position[:r], b.slot[:r], self.cache.table, self.rope, self.cache.keys[place],
+            self.cache.values[place], b.attended[:r], heads=c.num_heads, kv_heads=c.num_kv_heads,
+            scale=c.head_dim**-0.5, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=c.rms_norm_eps,
+        )  # fmt: skip
+        return b.attended[:r]
+
+    def _scan(self, layer: MambaLayer, h: Tensor, place: int) -> Tensor:
+        b, r = self.buffers, self.rows
+        linear_out(h, layer.in_proj, b.proj[:r])
+        linear_out(b.proj[:r, -layer.shape.dt_rank :], layer.dt_proj, b.dt[:r], layer.dt_bias)
+        mamba_step(
+            b.proj[:r], b.dt[:r], self.cache.conv[place], self.cache.ssm[place], b.state[:r], b.position[:r],
+            layer.conv, layer.conv_bias, layer.a_log, layer.d, layer.dt_bias, out=b.scanned[:r],
+        )  # fmt: skip
+        return b.scanned[:r]
 
     def _draw(self, rows: slice) -> None:
         b, s, count = self.buffers, self.sampling, rows.stop - rows.start
@@ -280,4 +334,4 @@ class Pass:
             torch.clamp(b.drawn[: self.rows], min=0, out=b.ids[: self.rows])
             if isinstance(self.sampling, Sampling):
                 b.embed(self.model, self.rows)
-            b.inputs[3:, : self.rows] += 1
+            b.inputs[4:, : self.rows] += 1

@@ -50,6 +50,7 @@ from pymathrl.ops.attention import PAGE
 from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.ops.soft_embed import SoftSampling
 from pymathrl.rollout.pages import PageTable, pages_for
+from pymathrl.rollout.states import HybridTable
 from pymathrl.rollout.supports import Supports
 
 CHECK_EVERY = {"cpu": 4, "cuda": 8}  # draws between two looks for ends: a sequence runs on for half as many on average
@@ -57,6 +58,7 @@ CHECK_LONGEST = 16  # while no sequence ends the looks grow rarer, up to this: o
 GRAPH_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # of CUDA graphs
 PREFILL_ROWS = 2048  # tokens of one pass over prompts and forced tokens: bounds its buffers
 TAIL_TOKENS = 24  # decoded in front of what can hold a stop string when one is looked for
+LOGITS, BLOCK = 0, -1  # why a hybrid's states are kept, beside the clock of snapshots, which is above 0
 Progress = Callable[[int, int, int], None]  # sequences finished, sequences in all, tokens drawn
 Finished = Callable[[list[int], list[list[int]]], None]  # rows of responses that ended, and their token ids
 Hook = Callable[[list[int], Tensor, "StepStats"], Tensor | None]
@@ -208,8 +210,10 @@ class Engine:
         self._passes: dict[tuple[int, Until, Sampling | SoftSampling | None, int | None], Pass] = {}
         self._pass_seeds: list[int] = []  # of the recorded draws: a run uses two, training's and evaluation's
         self._pass_weights: list[int] = []  # where the weights lay when the passes were recorded
-        self._pages = PageTable(0, 0, 0, lambda source, target: self._cache.copy(source, target))
-        self._cache = PagedCache(policy.model, 0, 0, 0)
+        self._cache = PagedCache(policy.model)
+        self._pages = PageTable(0, 0, 0, self._cache.copy)
+        if policy.config.mamba is not None:
+            self._pages = HybridTable(0, 0, 0, self._cache.copy, self._cache.copy_states)
         self._buffers = Buffers(policy.model, 0)
         self._ring_ids = torch.zeros(0, 0, dtype=torch.int64, device=self.device)
         self._ring_numbers = torch.zeros(0, 0, device=self.device)
@@ -271,7 +275,9 @@ class Engine:
             self._name[seqs] = torch.arange(seqs.numel())
             longest = (lengths + torch.tensor(limits)).repeat_interleave(n)
             pages = pages_for(longest).sort(descending=True).values[: self.max_batch].sum() + pages_for(lengths).sum()
-            self._open(pages=int(pages), tokens=int(longest.max()))
+            rows = min(len(seqs), self.max_batch)
+            states = rows + min(len(prompts), rows // n + 1)
+            self._open(pages=int(pages), tokens=int(longest.max()), states=states)
             # prompts of like length follow each other: their prefills fill up the same passes
             order = torch.argsort(lengths, stable=True)[:, None] * n + torch.arange(n)
             self._run(
@@ -361,7 +367,12 @@ class Engine:
     def logits(self, seqs: Sequence[int]) -> Tensor:
         """fp32 [R,V]: the raw logits of each sequence's next token; the sequences stay as they are."""
         slots = self._check(seqs)
-        return torch.cat([self.policy.model.logits(self._hidden(part)) for part in self._waves(slots)])
+        parts = []
+        for part in self._waves(slots, keeping=True):
+            parts.append(self.policy.model.logits(self._hidden(part, mark=LOGITS)))
+            self._pages.settle(part, self._length[part] - 1)
+            self._pages.let_go(part, LOGITS)
+        return torch.cat(parts)
 
     @_outside_autograd
     def segment(
@@ -410,9 +421,12 @@ class Engine:
         return [STOP_NAMES[s] for s in self._stop[slots].tolist()]
 
     def snapshot(self, seq: int) -> Snapshot:
-        """A point to come back to with `rollback`, until tokens before it are taken back. Costs nothing."""
+        """A point to come back to with `rollback`, until tokens before it are taken back. Costs nothing, and of a
+        hybrid one copy of its state as it goes on; beyond the latest few, coming back feeds the tokens again."""
         self._clock += 1
-        return Snapshot(seq, int(self._length[self._check([seq])]), self._clock)
+        slot = self._check([seq])
+        self._pages.keep(slot, self._clock)
+        return Snapshot(seq, int(self._length[slot]), self._clock)
 
     @_outside_autograd
     def rollback(self, seq: int, snapshot: Snapshot) -> None:
@@ -450,6 +464,10 @@ class Engine:
     @property
     def pages_in_use(self) -> int:
         return self._pages.pages - self._pages.free
+
+    @property
+    def _states_in_use(self) -> int:
+        return self._pages.states - self._pages.states_free
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -489,18 +507,19 @@ class Engine:
             k = min(every, int((end_of[active] - self._length[active]).min()))
             if int(self._pages.need(active, self._length[active] + k - 1).sum()) > self._pages.free:
                 k = 1  # nobody is preempted or refused for tokens that may never come
-            fit = self._make_room(active, k - 1)
+            fit = self._make_room(active, k - 1, keeping=keep_pages)
             waiting.extendleft(reversed(active[fit:].tolist()))
             active = active[:fit]
-            drawn, extra = self._draw(active, k, sampling, seed, hook)
+            drawn, extra = self._draw(active, k, sampling, seed, hook, mark=BLOCK if keep_pages else None)
             steps, stop = self._ends_of(active, drawn.ids, end_of[active], ends)
             self._keep(active, drawn, steps, extra)
             self._stop[active] = stop
             over = stop != STOP_NONE
             done = active[over]
+            if done.numel() and not ends.keep:
+                self._take_back(done, ends)
+            self._pages.let_go(active, BLOCK)
             if done.numel():
-                if not ends.keep:
-                    self._take_back(done, ends)
                 if not keep_pages:
                     self._drop_pages(done)
                 if on_finished is not None:
@@ -526,9 +545,14 @@ class Engine:
         new = torch.tensor([waiting[i] for i in range(count)])
         # each running sequence may want a page before long: one that starts now must not be preempted for it
         pages = self._pages.need(new, self._length[new]).cumsum(0) + active.numel()
-        self._open(pages=self.pages_in_use + int(pages[-1]), tokens=int(self._length[new].max()) + 1)
-        self._evict(int(pages[-1]), keep=torch.cat([active, new, root_of[new[root_of[new] >= 0]]]))
-        count = int((pages <= self._pages.free).sum())
+        states = self._pages.need_states(new).cumsum(0)
+        self._open(
+            pages=self.pages_in_use + int(pages[-1]), tokens=int(self._length[new].max()) + 1,
+            states=self._states_in_use + int(states[-1]),
+        )  # fmt: skip
+        roots = root_of[new[root_of[new] >= 0]]
+        self._evict(int(pages[-1]), int(states[-1]), keep=torch.cat([active, new, roots]))
+        count = int(((pages <= self._pages.free) & (states <= self._pages.states_free)).sum())
         count = max(count, 0 if active.numel() else 1)
         new = new[:count]
         for _ in range(count):
@@ -590,16 +614,22 @@ class Engine:
     # --- the forward passes --------------------------------------------------------------------------------------
 
     def _draw(
-        self, slots: Tensor, k: int, sampling: Sampling | SoftSampling, seed: int, hook: Hook | None
+        self,
+        slots: Tensor,
+        k: int,
+        sampling: Sampling | SoftSampling,
+        seed: int,
+        hook: Hook | None,
+        mark: int | None = None,
     ) -> tuple[Step, _Extra]:
-        """k draws for each slot [r], for which there is room: tensors [k,r]. Nothing is kept yet."""
+        """k draws for each slot [r], for which there is room: tensors [k,r]. Nothing is kept yet. mark: see `_load`."""
         if hook is not None:
             assert isinstance(sampling, Sampling), "a soft step takes no hook"
-            return self._draw_with_hook(slots, sampling, seed, hook)
+            return self._draw_with_hook(slots, sampling, seed, hook, mark)
         rows, b = slots.numel(), self._buffers
         step = self._pass(self._bucket(rows), "token", sampling, seed)
         self._feed(slots, ahead=k - 1)
-        self._load(slots, step.rows)
+        self._load(slots, step.rows, k, mark)
         soft = self._makes_soft(sampling)
         self._grow_ring(k, step.rows if soft else 0)
         supports = []
@@ -627,8 +657,10 @@ class Engine:
         self._store.sampling = sampling
         return True
 
-    def _draw_with_hook(self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook) -> tuple[Step, _Extra]:
-        logits = self.policy.model.logits(self._hidden(slots))
+    def _draw_with_hook(
+        self, slots: Tensor, sampling: Sampling, seed: int, hook: Hook, mark: int | None
+    ) -> tuple[Step, _Extra]:
+        logits = self.policy.model.logits(self._hidden(slots, mark))
         changed = hook(self._name[slots].tolist(), logits, StepStats(logits))
         if changed is not None:
             if changed.shape != logits.shape:
@@ -644,11 +676,12 @@ class Engine:
         )  # fmt: skip
         return _finite(Step(*(value[None] for value in out))), _Extra([] if support is None else [support], None)
 
-    def _hidden(self, slots: Tensor) -> Tensor:
-        """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it."""
+    def _hidden(self, slots: Tensor, mark: int | None) -> Tensor:
+        """[r,D]: the hidden state of each slot's last token, which scores the next; there is room for it. mark: see
+        `_load`."""
         step = self._pass(self._bucket(slots.numel()), "hidden", None, 0)
         self._feed(slots, ahead=0)
-        self._load(slots, step.rows)
+        self._load(slots, step.rows, 1, mark)
         step.run()
         return self._buffers.hidden[: slots.numel()]
 
@@ -657,10 +690,10 @@ class Engine:
         pages = self._pages
         pages.reserve(slots, self._length[slots] + ahead)
         self._cache.table[slots.to(self.device)] = pages.table[slots].to(self.device, torch.int32)
-        missing = self._length[slots] - 1 - pages.fed[slots]
-        if not bool((missing > 0).any()):
+        missing = (self._length[slots] - 1 - pages.fed[slots]).clamp(min=0)
+        if not bool(missing.any()):
             return
-        missing.clamp_(min=0)
+        pages.ran(slots, missing)
         owner, within = enumerate_ragged(missing)
         slot = slots[owner]
         position = pages.fed[slot] + within
@@ -669,22 +702,28 @@ class Engine:
             rows = slot[part].numel()
             self._fill(rows, slot[part], position[part])
             Pass(self.policy.model, self._cache, self._buffers, rows, "cache", replay=False).run()
-        pages.fed[slots] = torch.maximum(pages.fed[slots], self._length[slots] - 1)
+        pages.settle(slots, torch.maximum(pages.fed[slots], self._length[slots] - 1))
 
-    def _load(self, slots: Tensor, rows: int) -> None:
-        """The buffers' inputs: the last token of each slot, in the first rows of `rows`."""
+    def _load(self, slots: Tensor, rows: int, passes: int, mark: int | None) -> None:
+        """The buffers' inputs: the last token of each slot, in the first rows of `rows`, for so many passes. mark: a
+        hybrid's states before them are kept under it, and there is room for that."""
+        if mark is not None and self._pages.states:
+            self._pages.keep(slots, mark)
+            self._pages.reserve(slots, self._pages.fed[slots])
+        self._pages.ran(slots, passes)
         self._fill(rows, slots, self._length[slots] - 1)
 
     def _fill(self, rows: int, slots: Tensor, position: Tensor) -> None:
         b, count = self._buffers, slots.numel()
         draw = position + 1 - self._prompt[slots]
-        values = torch.stack([slots, slots, self._uid[slots], position, draw]).to(self.device)
-        values[0] = self._store.ids[values[1], values[3]]
+        values = torch.stack([slots, slots, self._pages.states_of(slots), self._uid[slots], position, draw])
+        values = values.to(self.device)
+        values[0] = self._store.ids[values[1], values[4]]
         b.inputs[:, :count] = values
-        b.slot[count:rows] = -1
+        b.clear_from(count, rows)
         b.embed(self.policy.model, rows)
         if self._store.used > 1:
-            soft = self._store.soft[values[1], values[3]]
+            soft = self._store.soft[values[1], values[4]]
             b.stream[:count] = torch.where(soft[:, None] > 0, self._store.inputs[soft], b.stream[:count])
 
     def _forget_moved_weights(self) -> None:
@@ -720,68 +759,94 @@ class Engine:
 
     # --- memory --------------------------------------------------------------------------------------------------
 
-    def _make_room(self, slots: Tensor, ahead: int) -> int:
-        """How many of the slots, counted from the first, get pages up to `ahead` tokens behind their last. Others give
-        theirs back for them: first sequences that are not asked for, then the last of those that are."""
+    def _make_room(self, slots: Tensor, ahead: int, keeping: bool = False) -> int:
+        """How many of the slots, counted from the first, get pages up to `ahead` tokens behind their last, and a state
+        of their own; keeping: a second one, to keep. Others give theirs back for them: first sequences that are not
+        asked for, then the last of those that are."""
         slots = slots[: self.max_batch]
         end = self._length[slots] + ahead
-        need = int(self._pages.need(slots, end).sum())
-        self._open(pages=self.pages_in_use + need, tokens=int(end.max()) + 1)
-        while need > self._pages.free:
-            if self._evict(need, keep=slots):
-                need = int(self._pages.need(slots, end).sum())  # a page that was shared may be its own now
-                continue
-            if slots.numel() == 1:
-                raise UserError(
-                    f"the cache holds {self._pages.pages} pages of {PAGE} tokens, and one sequence of {int(end)} "
-                    f"tokens needs {int(pages_for(end))}; free memory, or shorten prompts and responses"
-                )
-            self.preemptions += int(self._pages.held[slots[-1]] > 0)
-            self._drop_pages(slots[-1:])
-            slots, end = slots[:-1], end[:-1]
-            need = int(self._pages.need(slots, end).sum())
+
+        def need() -> tuple[int, int]:
+            pages, states = self._pages.need(slots, end), self._pages.need_states(slots)
+            if keeping and self.policy.config.mamba is not None:
+                states += 1
+            return int(pages.sum()), int(states.sum())
+
+        pages, states = need()
+        self._open(
+            pages=self.pages_in_use + pages, tokens=int(end.max()) + 1, states=self._states_in_use + states
+        )  # fmt: skip
+        while pages > self._pages.free or states > self._pages.states_free:
+            if not self._evict(pages, states, keep=slots) and not self._pages.let_go():
+                if slots.numel() == 1:
+                    has, needs = self._in_words(self._pages.states), self._in_words(states)
+                    raise UserError(
+                        f"the cache holds {self._pages.pages} pages of {PAGE} tokens{has}, and one sequence of "
+                        f"{int(end)} tokens needs {int(pages_for(end))}{needs}; free memory, or shorten prompts and "
+                        "responses"
+                    )
+                self.preemptions += int(self._pages.held[slots[-1]] > 0)
+                self._drop_pages(slots[-1:])
+                slots, end = slots[:-1], end[:-1]
+            pages, states = need()  # a page that was shared may be its own now
         return slots.numel()
 
-    def _evict(self, pages: int, keep: Tensor) -> bool:
-        """Preempts sequences other than `keep`, the last slot first, until `pages` are free; whether there was one."""
+    def _in_words(self, states: int) -> str:
+        return "" if self.policy.config.mamba is None else f" and {states} recurrent states"
+
+    def _evict(self, pages: int, states: int, keep: Tensor) -> bool:
+        """Preempts sequences other than `keep`, the last slot first, until so much is free; whether there was one."""
         others = self._pages.held > 0
         others[keep] = False
         victims = others.nonzero()[:, 0].tolist()
-        some = bool(victims) and self._pages.free < pages
-        while victims and self._pages.free < pages:
+
+        def short() -> bool:
+            return self._pages.free < pages or self._pages.states_free < states
+
+        some = bool(victims) and short()
+        while victims and short():
             self.preemptions += 1
             self._drop_pages(torch.tensor([victims.pop()]))
         return some
 
-    def _waves(self, slots: Tensor) -> Iterator[Tensor]:
-        """The slots in parts that have room at a time, for one more token each."""
+    def _waves(self, slots: Tensor, keeping: bool = False) -> Iterator[Tensor]:
+        """The slots in parts that have room at a time, for one more token each. keeping: see `_make_room`."""
         self._forget_moved_weights()
         while slots.numel():
-            fit = self._make_room(slots, 0)
+            fit = self._make_room(slots, 0, keeping)
             yield slots[:fit]
             slots = slots[fit:]
 
-    def _open(self, pages: int, tokens: int) -> None:
-        """Room for `pages` pages, as far as the memory goes, and for sequences of `tokens` tokens. What was recorded on
-        older tensors is forgotten."""
+    def _open(self, pages: int, tokens: int, states: int = 0) -> None:
+        """Room for `pages` pages and `states` states, as far as the memory goes, and for sequences of `tokens` tokens.
+        What was recorded on older tensors is forgotten."""
         model, have, slots = self.policy.model, self._pages, self._live.numel()
         rows = max(self._bucket(self.max_batch), PREFILL_ROWS)
         if self._buffers.rows < rows:
             self._buffers = Buffers(model, rows)
         columns = _grown(-(-tokens // PAGE), have.table.shape[1])
+        state_bytes, page_bytes = PagedCache.state_bytes(model), PagedCache.page_bytes(model)
+        new_states = 0
+        if states > have.states and state_bytes:  # the larger half of a state lies there twice while it is copied
+            most = max(0, devices.free_bytes(self.device) // state_bytes - have.states)
+            new_states = min(most, max(states, 2 * have.states) - have.states)
         if pages > have.pages:
             limit = self.max_pages
             if limit is None:  # of pages in use half are there twice while they are copied
                 limit = have.pages - (have.pages + 1) // 2 * bool(self.pages_in_use)
-                limit += devices.free_bytes(self.device) // PagedCache.page_bytes(model)
+                left = devices.free_bytes(self.device) - new_states * state_bytes
+                limit += max(0, left) // max(1, page_bytes)
             pages = max(have.pages, min(limit, max(pages, 2 * have.pages)))
-        if pages <= have.pages and (slots, columns) == tuple(have.table.shape):
+        pages, states = max(pages, have.pages), have.states + new_states
+        if (pages, states, slots, columns) == (have.pages, have.states, *have.table.shape):
             return
-        have.grow(max(pages, have.pages), slots, columns)
-        self._cache.grow(max(pages, have.pages), slots, columns, keep=self.pages_in_use > 0)
+        keep = self.pages_in_use > 0
+        have.grow(pages, slots, columns, states)
+        self._cache.grow(pages, slots, columns, states, keep)
         self._passes.clear()
 
     def _drop_pages(self, slots: Tensor) -> None:
+        self._pages.let_go(slots)
         self._pages.truncate(slots, torch.zeros_like(slots))
 
     def _cut(self, slots: Tensor, length: Tensor) -> None:
@@ -872,7 +937,7 @@ class Engine:
             kept = steps > j
             self._support.add(slots[kept], self._length[slots[kept]] + j, bits[kept.to(self.device)])
         self._length[slots] += steps
-        self._pages.fed[slots] = self._length[slots] - 1
+        self._pages.settle(slots, self._length[slots] - 1)
 
     def _tokens_there(self) -> Tensor:
         """bool [S,W]: the places of the store that hold a live sequence's tokens."""

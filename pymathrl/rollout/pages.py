@@ -45,6 +45,41 @@ class PageTable:
     def pages(self) -> int:
         return self.refs.numel()
 
+    # --- recurrent states: a hybrid's table has them (rollout/states.py), this one has none --------------------------
+
+    @property
+    def states(self) -> int:
+        """Rows of the state pool."""
+        return 0
+
+    @property
+    def states_free(self) -> int:
+        return 0
+
+    def need_states(self, slots: Tensor) -> Tensor:
+        """[n]: new rows of the state pool that each slot needs, as if alone, before tokens can be fed."""
+        return torch.zeros_like(slots)
+
+    def states_of(self, slots: Tensor) -> Tensor:
+        """[n]: the row of each slot's state; -1 = none."""
+        return torch.full_like(slots, -1)
+
+    def ran(self, slots: Tensor, tokens: Tensor | int) -> None:
+        """A pass is about to feed so many tokens behind `fed` to each slot; `settle` says how many of them count."""
+
+    def keep(self, slots: Tensor, mark: int) -> None:
+        """The states as they are stay at hand, a bounded number per sequence. mark: see `let_go`."""
+
+    def let_go(self, slots: Tensor | None = None, mark: int | None = None) -> bool:
+        """Forgets what these slots (None: all) kept under this mark (None: any); whether rows became free."""
+        return False
+
+    # --- pages -------------------------------------------------------------------------------------------------------
+
+    def settle(self, slots: Tensor, fed: Tensor) -> None:
+        """The cache holds the first `fed` tokens of each slot: what it held, and what counts of those that ran."""
+        self.fed[slots] = fed
+
     def need(self, slots: Tensor, end: Tensor) -> Tensor:
         """[n]: new pages that each slot needs, as if alone, to write positions fed .. end-1; copies are included."""
         fresh = (pages_for(end) - self.held[slots]).clamp(min=0)
@@ -116,8 +151,8 @@ class PageTable:
         self._stack[self.free : self.free + gone.numel()] = gone
         self.free += gone.numel()
 
-    def grow(self, pages: int, slots: int, columns: int) -> None:
-        """Room for so many pages, slots and columns; none of them shrinks."""
+    def grow(self, pages: int, slots: int, columns: int, states: int = 0) -> None:
+        """Room for so many pages, slots, columns and states; none of them shrinks."""
         table = torch.zeros(slots, columns, dtype=torch.int64)
         table[: self.table.shape[0], : self.table.shape[1]] = self.table
         self.table = table

@@ -10,7 +10,7 @@ import transformers
 
 from pymathrl.errors import UserError
 from pymathrl.models import Decoder, ModelConfig, Policy, Rope, char_tokenizer
-from pymathrl.models.config import tensor_specs
+from pymathrl.models.config import Mamba, tensor_specs
 from pymathrl.models.load import state_tensors
 from pymathrl.rollout import Engine
 from tests.gpu import cuda_skip_reason
@@ -22,6 +22,9 @@ TINY = ModelConfig(
 )  # fmt: skip
 QWEN2 = replace(TINY, model_type="qwen2", attention_bias=True, rope_theta=1e6)
 QWEN3 = replace(TINY, model_type="qwen3", qk_norm=True, head_dim=16, rope_theta=1e6)
+HYBRID = replace(
+    TINY, num_layers=3, mamba=Mamba(inner_size=96, xb_size=32, attention_layers=(1,), dt_rank=3, state_size=16)
+)
 LLAMA3 = Rope("llama3", 8.0, 32, low_freq_factor=1.0, high_freq_factor=4.0)
 YARN = Rope("yarn", factor=4.0, original_max_position_embeddings=32)
 CASES = {
@@ -36,6 +39,13 @@ CASES = {
     "qwen3": QWEN3,
     "qwen3, tied, yarn": replace(QWEN3, tie_embeddings=True, rope=YARN),
     "qwen3, as many kv heads, llama3": replace(QWEN3, num_kv_heads=4, rope=LLAMA3),
+}
+HYBRIDS = {  # not in transformers
+    "hybrid": HYBRID,
+    "hybrid, narrow groups, ends in mamba, short conv": replace(
+        TINY, mamba=Mamba(24, 8, attention_layers=(0,), dt_rank=2, state_size=4, conv_width=2)
+    ),
+    "mamba alone": replace(TINY, mamba=Mamba(32, 32, attention_layers=(), dt_rank=2)),
 }
 LENGTHS = (40, 1, 17)
 
@@ -99,10 +109,10 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     assert theirs[:, 7:].unique().numel() > 5  # it says something
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", CASES | HYBRIDS)
 def test_gradients_equal_plain_float64(name: str) -> None:
     """Of the log-sum-exp of all logits, sequences packed: within 1e-5, where 61 tokens of fp32 sums add up."""
-    model = make_model(CASES[name])
+    model = make_model((CASES | HYBRIDS)[name])
     ids, offsets = packed(8)
     weights = {k: p.detach().double().requires_grad_() for k, p in model.named_parameters()}
     head = weights.get("head", weights["embed"])

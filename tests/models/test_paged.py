@@ -13,7 +13,7 @@ from pymathrl.models import Decoder, ModelConfig, paged
 from pymathrl.models.paged import Buffers, PagedCache, Pass, Sampling
 from pymathrl.ops.attention import PAGE
 from pymathrl.ops.sample_token import sample_token
-from tests.models.test_decoder import QWEN2, QWEN3, TINY, make_model
+from tests.models.test_decoder import HYBRID, QWEN2, QWEN3, TINY, make_model
 from tests.rollout.cases import assert_same
 
 IDS = [7 + i * i % 31 for i in range(37)]
@@ -26,20 +26,23 @@ def one_thread(threads: Callable[[int], None]) -> None:
 
 def feed(model: Decoder, buffers: Buffers, rows: list[tuple[int, int, int]], padding: int = 0) -> None:
     """(token, slot, position) of the first rows; then rows without a sequence."""
-    buffers.inputs[:3, : len(rows)] = torch.tensor(rows).T[[0, 1, 2]]
     ids, slot, position = torch.tensor(rows).T
     count = len(rows)
     buffers.ids[:count], buffers.slot[:count], buffers.position[:count] = ids, slot, position
-    buffers.slot[count : count + padding] = -1
+    buffers.state[:count] = slot  # of the pool's two, in a hybrid
+    buffers.clear_from(count, count + padding)
     buffers.embed(model, count + padding)
 
 
 def make(config: ModelConfig, rows: int = 48) -> tuple[Decoder, PagedCache, Buffers]:
     """Two slots over pages in no order."""
     model = make_model(config)
-    cache = PagedCache(model, 7, 2, 3)
+    cache = PagedCache(model)
+    cache.grow(7, 2, 3, 2)
     cache.keys.fill_(torch.nan)  # what was never written must never be read
     cache.values.fill_(torch.nan)
+    cache.conv.fill_(torch.nan)
+    cache.ssm.fill_(torch.nan)
     cache.table.copy_(torch.tensor([[4, 1, 6], [0, 5, 2]]))
     return model, cache, Buffers(model, rows)
 
@@ -49,7 +52,7 @@ def update_hidden(model: Decoder, ids: list[int]) -> Tensor:
     return model.hidden(torch.tensor(ids), torch.tensor([0, len(ids)]))
 
 
-@pytest.mark.parametrize("config", [TINY, QWEN2, QWEN3, replace(TINY, num_kv_heads=4, num_layers=1)], ids=str)
+@pytest.mark.parametrize("config", [TINY, QWEN2, QWEN3, HYBRID, replace(TINY, num_kv_heads=4, num_layers=1)], ids=str)
 def test_any_cut_of_the_tokens_gives_the_updates_hidden_states(config: ModelConfig) -> None:
     """One at a time, some at a time, all at once; beside another sequence and rows of none."""
     want = update_hidden(make_model(config), IDS)
@@ -90,7 +93,7 @@ def test_a_recorded_pass_draws_on_and_sees_new_weights() -> None:
         with torch.no_grad():
             model.layers[1].down.mul_(scale)
         sequences = [[3], [8]]
-        buffers.inputs[:, :2] = torch.tensor([[3, 8], [0, 1], [70, 80], [0, 0], [0, 0]])
+        buffers.inputs[:, :2] = torch.tensor([[3, 8], [0, 1], [0, 1], [70, 80], [0, 0], [0, 0]])
         buffers.embed(model, 2)
         for draw in range(20):
             step.run()
@@ -142,9 +145,9 @@ def test_grow_keeps_pages_and_table() -> None:
     cache.keys.normal_()
     cache.values.normal_()
     keys, values, table = cache.keys.clone(), cache.values.clone(), cache.table.clone()
-    cache.grow(7, 2, 3)
+    cache.grow(7, 2, 3, 2)
     assert cache.keys.data_ptr() != keys.data_ptr() and torch.equal(cache.keys, keys)
-    cache.grow(12, 5, 4)
+    cache.grow(12, 5, 4, 2)
     assert cache.keys.shape == (3, 12, 2, 8, PAGE) and cache.values.shape == (3, 12, 2, PAGE, 8)
     assert torch.equal(cache.keys[:, :7], keys) and torch.equal(cache.values[:, :7], values)
     assert cache.table.dtype == torch.int32 and torch.equal(cache.table[:2, :3], table)
@@ -164,8 +167,10 @@ def test_copy_takes_pages_of_all_layers() -> None:
         )
 
 
-def test_the_memory_plan_counts_every_tensor() -> None:
-    model, cache, buffers = make(TINY, rows=48)
+@pytest.mark.parametrize("config", [TINY, HYBRID], ids=["llama", "hybrid"])
+def test_the_memory_plan_counts_every_tensor(config: ModelConfig) -> None:
+    model, cache, buffers = make(config, rows=48)
     assert PagedCache.page_bytes(model) * 7 == cache.keys.nbytes + cache.values.nbytes
+    assert PagedCache.state_bytes(model) * 2 == cache.conv.nbytes + cache.ssm.nbytes
     held = {name: t for name, t in vars(buffers).items() if isinstance(t, Tensor) and t._base is None}
     assert sum(t.nbytes for t in held.values()) == Buffers.nbytes(model, 48), {n: t.nbytes for n, t in held.items()}

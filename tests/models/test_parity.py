@@ -147,7 +147,7 @@ def test_the_comparison_notices_a_wrong_tensor(tmp_path: Path) -> None:
         (k, k.view(2, e // 2, -1).transpose(0, 1).reshape(k.shape)),  # pairs as neighbours instead of halves
         (layer.q_norm, layer.k_norm.clone()),
         (layer.gate_up, layer.gate_up.roll(policy.config.intermediate_size, 0)),
-        (layer.attn_norm, layer.mlp_norm.clone()),
+        (layer.mixer_norm, layer.mlp_norm.clone()),
         (policy.model.head, policy.model.embed.clone()),
     ):
         right = param.detach().clone()

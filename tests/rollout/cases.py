@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pymathrl.batch import Rollout
 from pymathrl.models import ModelConfig, Policy, char_tokenizer, new_policy
+from pymathrl.models.config import Mamba
 from pymathrl.ops._call import use_reference
 from pymathrl.ops.sample_token import sample_token
 from pymathrl.rollout import Engine
@@ -17,14 +19,15 @@ CONFIG = ModelConfig(
     vocab_size=32, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8,
     max_positions=320,
 )  # fmt: skip
+HYBRID = replace(CONFIG, num_layers=3, mamba=Mamba(32, 16, attention_layers=(1,), dt_rank=2, state_size=8))
 # one token; less than a page of 16; a page to the token; a page and a token; three pages
 PROMPTS = [[6], [5, 7, 9, 11], list(range(4, 20)), list(range(7, 24)), [3 + i % 23 for i in range(40)], [7, 7]]
 FIELDS = ("logp", "mean_logp", "entropy")
 
 
-def sharp_policy() -> Policy:
+def sharp_policy(config: ModelConfig = CONFIG) -> Policy:
     """A head 8 times the usual size: the entropy is near 3 nats, ends come after some 25 tokens."""
-    policy = new_policy(CONFIG, char_tokenizer(), seed=3)
+    policy = new_policy(config, char_tokenizer(), seed=3)
     with torch.no_grad():
         policy.model.head_weight.mul_(8)
     return policy
@@ -90,3 +93,4 @@ def assert_no_pages(engine: Engine) -> None:
     assert engine.pages_in_use == 0 and pages.free == pages.pages
     assert bool((pages.refs == 0).all()) and bool((pages.held == 0).all()) and bool((pages.fed == 0).all())
     assert sorted(pages._stack.tolist()) == list(range(pages.pages))
+    assert pages.states_free == pages.states and not bool((pages.states_of(torch.arange(len(pages.fed))) >= 0).any())

@@ -44,10 +44,11 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "builtin", pytest.param("smollm2", marks=NO_FOLDER)])
+@pytest.fixture(scope="module", params=["tiny", "hybrid", "builtin", pytest.param("smollm2", marks=NO_FOLDER)])
 def policy(request: pytest.FixtureRequest) -> Policy:
     makers: dict[str, Callable[[], Policy]] = {
         "tiny": lambda: tiny_policy(tie=True),
+        "hybrid": lambda: tiny_policy(layers=3, hybrid=True),
         "builtin": lambda: pymathrl.load("builtin:tiny"),
         "smollm2": lambda: pymathrl.load(FOLDER, dtype=torch.float32),
     }
