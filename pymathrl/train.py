@@ -472,7 +472,8 @@ def describe(
     lines = [
         f"algorithm {run.algo.name} ({run.algo.paper}): {run.algo.summary}",
         f"model     {c.model}: {count / 1e6:.2f}M parameters, {m.num_layers} layers{_mamba_layers(m)}, "
-        f"width {m.hidden_size}, vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts '{policy.prompt_style}'",
+        f"width {m.hidden_size}, vocabulary {m.vocab_size}, {str(policy.model.dtype).removeprefix('torch.')}, prompts "
+        f"'{policy.prompt_style}'",
         f"device    {device}: {where}; {WHY}",
         max(memory, key=lambda plan: plan.update + plan.activations + plan.wanted * plan.page_bytes).line(),
     ]  # fmt: skip
