@@ -9,8 +9,8 @@ import torch
 
 from pymathrl.batch import ROLE_SAMPLED, Rollout
 from pymathrl.config import TrainConfig
-from pymathrl.models import Policy, char_tokenizer, new_policy
-from pymathrl.models.config import ModelConfig
+from pymathrl.models import Decoder, Policy, char_tokenizer
+from pymathrl.models.config import Mamba, ModelConfig
 from pymathrl.models.paged import Pass
 from pymathrl.optim import Optimizer
 from pymathrl.rollout import Engine, SoftSampling, score
@@ -21,6 +21,9 @@ CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=32,
     max_positions=256, qk_norm=True, model_type="qwen3",
 )  # fmt: skip
+HYBRID = dataclasses.replace(
+    CONFIG, model_type="llama", qk_norm=False, num_layers=3, mamba=Mamba(128, 64, attention_layers=(1,), dt_rank=4)
+)
 PROMPTS = [[5, 6, 7], [8] * 20, [9, 10], [11] * 33, [12]]
 
 
@@ -30,18 +33,24 @@ def gpu() -> None:
         pytest.skip(reason)
 
 
-def policy(dtype: torch.dtype) -> Policy:
-    made = new_policy(CONFIG, char_tokenizer(), seed=3)
+@pytest.fixture(params=["transformer", "hybrid"])
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    return CONFIG if request.param == "transformer" else HYBRID
+
+
+def policy(config: ModelConfig, dtype: torch.dtype) -> Policy:
+    model, tokenizer = Decoder(config, seed=3, device="cuda", dtype=dtype), char_tokenizer()
     with torch.no_grad():
-        made.model.head_weight.mul_(8)
-    made.model.to("cuda", dtype)
-    return made
+        model.head_weight.mul_(8)
+    return Policy(model, tokenizer, config, (tokenizer.eos_id,), "compact")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_replayed_graph_equals_the_calls_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replayed_graph_equals_the_calls_one_by_one(
+    config: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over batches that shrink through several buckets, and after a step of the optimizer, which moves no weight."""
-    made = policy(dtype)
+    made = policy(config, dtype)
     optimizer = Optimizer(made.model, dataclasses.replace(TrainConfig(), lr=1e-2), 1)
     graphs = Engine(made, 1)
     with monkeypatch.context() as plain:
@@ -57,8 +66,10 @@ def test_a_replayed_graph_equals_the_calls_one_by_one(dtype: torch.dtype, monkey
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_soft_tokens_in_a_graph_equal_the_calls_one_by_one(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = policy(dtype)
+def test_soft_tokens_in_a_graph_equal_the_calls_one_by_one(
+    config: ModelConfig, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = policy(config, dtype)
 
     def draw() -> Rollout:
         engine = Engine(made, 1)
@@ -78,8 +89,8 @@ def test_soft_tokens_in_a_graph_equal_the_calls_one_by_one(dtype: torch.dtype, m
         assert float(gap.mean()) < 1e-2  # densities of 64 coordinates are about -32
 
 
-def test_graphs_are_captured_and_survive_a_pool_that_grows() -> None:
-    made = policy(torch.float32)
+def test_graphs_are_captured_and_survive_a_pool_that_grows(config: ModelConfig) -> None:
+    made = policy(config, torch.float32)
     engine = Engine(made, 1)
     first = engine.generate(PROMPTS[:1], 2, 8)
     assert engine._passes
@@ -89,8 +100,8 @@ def test_graphs_are_captured_and_survive_a_pool_that_grows() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sampler_and_update_agree_to_rounding(dtype: torch.dtype) -> None:
-    made = policy(dtype)
+def test_sampler_and_update_agree_to_rounding(config: ModelConfig, dtype: torch.dtype) -> None:
+    made = policy(config, dtype)
     rollout = Engine(made, 1).generate(PROMPTS, 4, 40)
     rollout.validate()
     mask = rollout.role == ROLE_SAMPLED
