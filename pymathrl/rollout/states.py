@@ -118,6 +118,8 @@ class HybridTable(PageTable):
 
     def _go_back(self, slots: Tensor) -> None:
         """To the latest kept state at or before the token that `fed` counts to."""
+        if not slots.numel():
+            return
         for slot in slots.tolist():
             if self.state[slot] >= 0:
                 self.state_refs[self.state[slot]] -= 1
