@@ -112,14 +112,8 @@ def mamba(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
     offsets = torch.tensor([0, 70, 71, 73])
     for channels, sources, states, width in ((8, 4, 2, 4), (96, 32, 16, 4), (32, 32, 16, 3), (40, 20, 20, 2)):
         x, weight, bias, initial = draw(75, sources), draw(channels, width), draw(channels), draw(3, width - 1, sources)
-        conv = lambda x, w, b, i: causal_conv1d(
-            x,
-            w,
-            b,
-            offsets,
-            group=states,
-            initial=i,
-            return_final=True,  # noqa: B023  # called here
+        conv = lambda x, w, b, i, group=states: causal_conv1d(
+            x, w, b, offsets, group=group, initial=i, return_final=True
         )
         yield with_gradients(conv, x, weight, bias, initial)
         rows, bc, dt_bias = draw(3, 75, channels), draw(75, sources + channels), draw(channels)
