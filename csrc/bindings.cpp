@@ -8,15 +8,18 @@
 #include <vector>
 
 #include "attention.h"
+#include "causal_conv1d.h"
 #include "common/parallel.h"
 #include "common/tensor.h"
 #include "group_advantage.h"
 #include "linear.h"
+#include "mamba_step.h"
 #include "policy_loss.h"
 #include "rms_norm.h"
 #include "row_kernels.h"
 #include "rotary.h"
 #include "sample_token.h"
+#include "selective_scan.h"
 #include "soft_embed.h"
 #include "swiglu.h"
 #include "token_logprob.h"
@@ -341,6 +344,15 @@ int64_t attention_head_dim(const char* op, const Tensor& qkv, int64_t heads, int
   return head_dim;
 }
 
+// Of packed sequences in the rows of `rows`. On a GPU the check would wait for the device.
+void check_offsets(const Args& args, const char* op, const int64_t* offsets, int64_t sequences, int64_t tokens,
+                   const char* rows) {
+  for (int64_t b = 0; b <= sequences && !args.cuda(); ++b)
+    if (offsets[b] < (b ? offsets[b - 1] : 0) || offsets[b] > (b ? tokens : 0))
+      fail(op, ": offsets must start at 0 and rise to at most ", tokens, " (the tokens of ", rows, "), got ",
+           offsets[b], " at ", b);
+}
+
 AttentionParams attention_params(const Args& args, const char* op, const Tensor& qkv, const Tensor& offsets,
                                  const Tensor& out, const Tensor& lse, int64_t heads, int64_t kv_heads) {
   AttentionParams p{};
@@ -355,11 +367,7 @@ AttentionParams attention_params(const Args& args, const char* op, const Tensor&
   p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
   p.out = args.dense("out", out, p.dtype, {p.tokens, heads * p.head_dim});
   p.lse = args.dense<float>("lse", lse, {p.tokens, heads});
-  if (args.cuda()) return p;  // on a GPU the check would wait for the device
-  for (int64_t b = 0; b <= p.sequences; ++b)
-    if (p.offsets[b] < (b ? p.offsets[b - 1] : 0) || p.offsets[b] > (b ? p.tokens : 0))
-      fail(op, ": offsets must start at 0 and rise to at most ", p.tokens, " (the tokens of qkv), got ", p.offsets[b],
-           " at ", b);
+  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "qkv");
   return p;
 }
 
@@ -543,6 +551,182 @@ void linear(const Tensor& x, const Tensor& w, const Tensor* bias, const Tensor& 
   launch(args, stream, p, linear_cpu, CUDA_TWIN(linear_cuda));
 }
 
+CausalConv1dParams causal_conv1d_params(const Args& args, const char* op, const Tensor& x, const Tensor& weight,
+                                        const Tensor* bias, const Tensor& offsets, const Tensor* initial, int64_t group,
+                                        bool silu) {
+  CausalConv1dParams p{};
+  p.dtype = args.activation_dtype("x", x);
+  p.x_stride = args.rows("x", x);
+  p.x = x.data;
+  p.tokens = x.size[0];
+  p.sources = x.size[1];
+  p.channels = weight.size[0];
+  p.width = weight.size[1];
+  p.sequences = offsets.size[0] - 1;
+  p.group = p.sources == p.channels ? p.sources : group;  // without copies one group of all is the same
+  p.silu = silu;
+  if (p.width < 2 || p.width > kMaxConv) fail(op, ": the width of weight must be in 2..", kMaxConv, ", got ", p.width);
+  p.weight = args.dense<float>("weight", weight, {p.channels, p.width});
+  p.bias = args.optional<float>("bias", bias, {p.channels});
+  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
+  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
+  p.initial = args.optional<float>("initial", initial, {p.sequences, p.width - 1, p.sources});
+  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "x");
+  return p;
+}
+
+void causal_conv1d(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& offsets,
+                   const Tensor* initial, const Tensor& u, const Tensor* final, int64_t group, bool silu,
+                   uintptr_t stream) {
+  Args args("causal_conv1d", x);
+  CausalConv1dParams p = causal_conv1d_params(args, "causal_conv1d", x, weight, bias, offsets, initial, group, silu);
+  p.u = args.dense("u", u, p.dtype, {p.tokens, p.channels});
+  p.final = args.optional<float>("final", final, {p.sequences, p.width - 1, p.sources});
+  launch(args, stream, p, causal_conv1d_cpu, CUDA_TWIN(causal_conv1d_cuda));
+}
+
+void causal_conv1d_backward(const Tensor& x, const Tensor& weight, const Tensor* bias, const Tensor& offsets,
+                            const Tensor* initial, const Tensor& du, const Tensor* dfinal, const Tensor& dx,
+                            const Tensor* dinitial, const Tensor& dw, int64_t group, bool silu, uintptr_t stream) {
+  const char* op = "causal_conv1d_backward";
+  Args args(op, x);
+  CausalConv1dGradParams p{};
+  p.forward = causal_conv1d_params(args, op, x, weight, bias, offsets, initial, group, silu);
+  const DType dtype = p.forward.dtype;
+  const int64_t tokens = p.forward.tokens, sequences = p.forward.sequences;
+  const int64_t kept = p.forward.width - 1, tiles = causal_conv1d_tiles(tokens, sequences);
+  p.du = args.dense("du", du, dtype, {tokens, p.forward.channels});
+  p.dfinal = args.optional<float>("dfinal", dfinal, {sequences, kept, p.forward.sources});
+  p.dx = args.dense("dx", dx, dtype, {tokens, p.forward.sources});
+  p.dinitial = args.optional<float>("dinitial", dinitial, {sequences, kept, p.forward.sources});
+  p.dw = args.dense<float>("dw", dw, {1 + tiles, p.forward.channels * (p.forward.width + 1)});
+  launch(args, stream, p, causal_conv1d_backward_cpu, CUDA_TWIN(causal_conv1d_backward_cuda));
+}
+
+// A matrix [rows, columns] whose rows may be apart: its stride.
+int64_t matrix_rows(const Args& args, const char* op, const char* name, const Tensor& t, DType dtype, int64_t rows,
+                    int64_t columns) {
+  args.check_dtype(name, t, dtype);
+  const int64_t stride = args.rows(name, t);
+  if (t.size[0] != rows || t.size[1] != columns)
+    fail(op, ": ", name, " must have shape [", rows, ", ", columns, "], got ", shape_text(t.size, 2));
+  return stride;
+}
+
+// The sizes of a Mamba layer fit together: D channels in groups of N, X sources likewise, D a multiple of X.
+void check_mamba_sizes(const char* op, int64_t channels, int64_t sources, int64_t states) {
+  if (states < 1 || states > kMaxStates)
+    fail(op, ": a_log [D,N] must have N in 1..", kMaxStates, " states, got ", states);
+  if (sources < 1 || channels % sources || sources % states)
+    fail(op, ": D must be a multiple of X, and X of N, got D = ", channels, ", X = ", sources, ", N = ", states);
+}
+
+SelectiveScanParams selective_scan_params(const Args& args, const char* op, const Tensor& u, const Tensor& dt,
+                                          const Tensor* z, const Tensor& b, const Tensor& c, const Tensor& a_log,
+                                          const Tensor& d, const Tensor& dt_bias, const Tensor& offsets) {
+  SelectiveScanParams p{};
+  p.dtype = args.activation_dtype("u", u);
+  p.tokens = u.size[0];
+  p.channels = u.size[1];
+  p.sources = b.size[1];
+  p.states = a_log.size[1];
+  p.sequences = offsets.size[0] - 1;
+  check_mamba_sizes(op, p.channels, p.sources, p.states);
+  p.u_stride = args.rows("u", u);
+  p.dt_stride = matrix_rows(args, op, "dt", dt, p.dtype, p.tokens, p.channels);
+  p.z_stride = z ? matrix_rows(args, op, "z", *z, p.dtype, p.tokens, p.channels) : 0;
+  p.b_stride = matrix_rows(args, op, "b", b, p.dtype, p.tokens, p.sources);
+  p.c_stride = matrix_rows(args, op, "c", c, p.dtype, p.tokens, p.channels);
+  p.u = u.data;
+  p.dt = dt.data;
+  p.z = z ? z->data : nullptr;
+  p.b = b.data;
+  p.c = c.data;
+  p.a_log = args.dense<float>("a_log", a_log, {p.channels, p.states});
+  p.d = args.dense<float>("d", d, {p.channels});
+  p.dt_bias = args.dense<float>("dt_bias", dt_bias, {p.channels});
+  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
+  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
+  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "u");
+  return p;
+}
+
+void selective_scan(const Tensor& u, const Tensor& dt, const Tensor* z, const Tensor& b, const Tensor& c,
+                    const Tensor& a_log, const Tensor& d, const Tensor& dt_bias, const Tensor& offsets,
+                    const Tensor* initial, const Tensor& y, const Tensor* final, const Tensor* checkpoint,
+                    uintptr_t stream) {
+  Args args("selective_scan", u);
+  SelectiveScanParams p = selective_scan_params(args, "selective_scan", u, dt, z, b, c, a_log, d, dt_bias, offsets);
+  p.initial = args.optional<float>("initial", initial, {p.sequences, p.states, p.channels});
+  p.y = args.dense("y", y, p.dtype, {p.tokens, p.channels});
+  p.final = args.optional<float>("final", final, {p.sequences, p.states, p.channels});
+  p.checkpoint = args.optional<float>("checkpoint", checkpoint,
+                                      {selective_scan_tiles(p.tokens, p.sequences), p.states, p.channels});
+  launch(args, stream, p, selective_scan_cpu, CUDA_TWIN(selective_scan_cuda));
+}
+
+void selective_scan_backward(const Tensor& u, const Tensor& dt, const Tensor* z, const Tensor& b, const Tensor& c,
+                             const Tensor& a_log, const Tensor& d, const Tensor& dt_bias, const Tensor& offsets,
+                             const Tensor& checkpoint, const Tensor& dy, const Tensor* dfinal, const Tensor& du,
+                             const Tensor& ddt, const Tensor* dz, const Tensor& db, const Tensor& dc,
+                             const Tensor* dinitial, const Tensor& dw, uintptr_t stream) {
+  const char* op = "selective_scan_backward";
+  Args args(op, u);
+  SelectiveScanGradParams p{};
+  p.forward = selective_scan_params(args, op, u, dt, z, b, c, a_log, d, dt_bias, offsets);
+  const int64_t tokens = p.forward.tokens, sequences = p.forward.sequences, channels = p.forward.channels,
+                sources = p.forward.sources, states = p.forward.states;
+  const DType dtype = p.forward.dtype;
+  p.forward.checkpoint = args.dense<float>("checkpoint", checkpoint,
+                                           {selective_scan_tiles(tokens, sequences), states, channels});
+  p.dy = args.dense("dy", dy, dtype, {tokens, channels});
+  p.dfinal = args.optional<float>("dfinal", dfinal, {sequences, states, channels});
+  p.du = args.dense("du", du, dtype, {tokens, channels});
+  p.ddt = args.dense("ddt", ddt, dtype, {tokens, channels});
+  p.dz = args.optional("dz", dz, dtype, {tokens, channels});
+  if (!z != !dz) fail(op, ": dz is the gradient of z; give both or neither");
+  p.db = args.dense("db", db, dtype, {tokens, sources});
+  p.dc = args.dense("dc", dc, dtype, {tokens, channels});
+  p.dinitial = args.optional<float>("dinitial", dinitial, {sequences, states, channels});
+  p.dw = args.dense<float>("dw", dw, {1 + sequences, states + 2, channels});
+  launch(args, stream, p, selective_scan_backward_cpu, CUDA_TWIN(selective_scan_backward_cuda));
+}
+
+void mamba_step(const Tensor& proj, const Tensor& dt, const Tensor& conv_state, const Tensor& ssm_state,
+                const Tensor& row, const Tensor& position, const Tensor& weight, const Tensor& bias,
+                const Tensor& a_log, const Tensor& d, const Tensor& dt_bias, const Tensor& out, uintptr_t stream) {
+  const char* op = "mamba_step";
+  Args args(op, proj);
+  MambaStepParams p{};
+  p.dtype = args.activation_dtype("proj", proj);
+  p.proj_stride = args.rows("proj", proj);
+  p.rows = proj.size[0];
+  p.channels = weight.size[0];
+  p.width = weight.size[1];
+  p.sources = conv_state.size[2];
+  p.slots = conv_state.size[0];
+  p.states = a_log.size[1];
+  check_mamba_sizes(op, p.channels, p.sources, p.states);
+  if (p.width < 2 || p.width > kMaxConv) fail(op, ": the width of weight must be in 2..", kMaxConv, ", got ", p.width);
+  if (proj.size[1] < 2 * (p.channels + p.sources))
+    fail(op, ": proj must have at least 2D+2X = ", 2 * (p.channels + p.sources), " columns (z, x, b, c), got ",
+         shape_text(proj.size, 2));
+  p.dt_stride = matrix_rows(args, op, "dt", dt, p.dtype, p.rows, p.channels);
+  p.proj = proj.data;
+  p.dt = dt.data;
+  p.conv_state = args.dense<float>("conv_state", conv_state, {p.slots, p.width - 1, p.sources});
+  p.ssm_state = args.dense<float>("ssm_state", ssm_state, {p.slots, p.states, p.channels});
+  p.row = args.dense<int64_t>("row", row, {p.rows});
+  p.position = args.dense<int64_t>("position", position, {p.rows});
+  p.weight = args.dense<float>("weight", weight, {p.channels, p.width});
+  p.bias = args.dense<float>("bias", bias, {p.channels});
+  p.a_log = args.dense<float>("a_log", a_log, {p.channels, p.states});
+  p.d = args.dense<float>("d", d, {p.channels});
+  p.dt_bias = args.dense<float>("dt_bias", dt_bias, {p.channels});
+  p.out = args.dense("out", out, p.dtype, {p.rows, p.channels});
+  launch(args, stream, p, mamba_step_cpu, CUDA_TWIN(mamba_step_cuda));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -632,4 +816,24 @@ PYBIND11_MODULE(_C, m) {
         py::arg("stream"));
 
   m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("out"), py::arg("stream"));
+
+  m.def("causal_conv1d_tiles", &causal_conv1d_tiles, py::arg("tokens"), py::arg("sequences"));
+  m.def("causal_conv1d", &causal_conv1d, py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("offsets"),
+        py::arg("initial"), py::arg("u"), py::arg("final"), py::arg("group"), py::arg("silu"), py::arg("stream"));
+  m.def("causal_conv1d_backward", &causal_conv1d_backward, py::arg("x"), py::arg("weight"), py::arg("bias"),
+        py::arg("offsets"), py::arg("initial"), py::arg("du"), py::arg("dfinal"), py::arg("dx"), py::arg("dinitial"),
+        py::arg("dw"), py::arg("group"), py::arg("silu"), py::arg("stream"));
+
+  m.def("selective_scan_tiles", &selective_scan_tiles, py::arg("tokens"), py::arg("sequences"));
+  m.def("selective_scan", &selective_scan, py::arg("u"), py::arg("dt"), py::arg("z"), py::arg("b"), py::arg("c"),
+        py::arg("a_log"), py::arg("d"), py::arg("dt_bias"), py::arg("offsets"), py::arg("initial"), py::arg("y"),
+        py::arg("final"), py::arg("checkpoint"), py::arg("stream"));
+  m.def("selective_scan_backward", &selective_scan_backward, py::arg("u"), py::arg("dt"), py::arg("z"), py::arg("b"),
+        py::arg("c"), py::arg("a_log"), py::arg("d"), py::arg("dt_bias"), py::arg("offsets"), py::arg("checkpoint"),
+        py::arg("dy"), py::arg("dfinal"), py::arg("du"), py::arg("ddt"), py::arg("dz"), py::arg("db"), py::arg("dc"),
+        py::arg("dinitial"), py::arg("dw"), py::arg("stream"));
+
+  m.def("mamba_step", &mamba_step, py::arg("proj"), py::arg("dt"), py::arg("conv_state"), py::arg("ssm_state"),
+        py::arg("row"), py::arg("position"), py::arg("weight"), py::arg("bias"), py::arg("a_log"), py::arg("d"),
+        py::arg("dt_bias"), py::arg("out"), py::arg("stream"));
 }

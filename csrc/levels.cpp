@@ -2,11 +2,14 @@
 #include <cstring>
 
 #include "attention.h"
+#include "causal_conv1d.h"
 #include "common/tensor.h"
 #include "linear.h"
+#include "mamba_step.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "row_kernels.h"
+#include "selective_scan.h"
 #include "swiglu.h"
 
 // The files of PYMATHRL_LEVEL_OPS (CMakeLists.txt) are compiled once per processor level, each into the namespace of its
@@ -74,10 +77,15 @@ const Level& level() {
 BY_LEVEL(attention_cpu, AttentionParams)
 BY_LEVEL(attention_backward_cpu, AttentionParams)
 BY_LEVEL(paged_attention_cpu, PagedAttentionParams)
+BY_LEVEL(causal_conv1d_cpu, CausalConv1dParams)
+BY_LEVEL(causal_conv1d_backward_cpu, CausalConv1dGradParams)
+BY_LEVEL(mamba_step_cpu, MambaStepParams)
 BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
 BY_LEVEL(rotary_cpu, RotaryParams)
 BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
+BY_LEVEL(selective_scan_cpu, SelectiveScanParams)
+BY_LEVEL(selective_scan_backward_cpu, SelectiveScanGradParams)
 BY_LEVEL(swiglu_cpu, SwigluParams)
 BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
 

@@ -2,6 +2,7 @@
 
 #include "common/parallel.h"
 #include "common/simd.h"
+#include "common/sum_blocks.h"
 
 namespace pymathrl {
 inline namespace PYMATHRL_LEVEL {

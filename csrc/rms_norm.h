@@ -49,17 +49,4 @@ template <class F> HD F rms_norm_grad(F h, F weighted_dy, float rstd, float mean
   return (weighted_dy - h * (rstd * rstd * mean)) * rstd;
 }
 
-// Row 0 becomes the sum of rows 1..blocks, each column in double and in order.
-HD void sum_blocks(float* rows, int64_t blocks, int64_t width) {
-  const auto add = [&](int64_t begin, int64_t count) __attribute__((always_inline)) {
-    double sum[kLanes] = {};
-    for (int64_t block = 1; block <= blocks; ++block)
-      for (int64_t j = 0; j < count; ++j) sum[j] += rows[block * width + begin + j];
-    for (int64_t j = 0; j < count; ++j) rows[begin + j] = static_cast<float>(sum[j]);
-  };
-  int64_t j = 0;
-  for (; j + kLanes <= width; j += kLanes) add(j, kLanes);
-  if (j < width) add(j, width - j);
-}
-
 }  // namespace pymathrl

@@ -110,12 +110,12 @@ def causal_conv1d_backward(
 def selective_scan_tiles(tokens: int, sequences: int) -> int: ...
 def selective_scan(
     u: Tensor, dt: Tensor, z: Tensor | None, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
-    offsets: Tensor, initial: Tensor | None, y: Tensor, final: Tensor, checkpoint: Tensor | None, stream: int,
+    offsets: Tensor, initial: Tensor | None, y: Tensor, final: Tensor | None, checkpoint: Tensor | None, stream: int,
 ) -> None: ...
 def selective_scan_backward(
     u: Tensor, dt: Tensor, z: Tensor | None, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor,
     offsets: Tensor, checkpoint: Tensor, dy: Tensor, dfinal: Tensor | None, du: Tensor, ddt: Tensor,
-    dz: Tensor | None, db: Tensor, dc: Tensor, dinitial: Tensor, dw: Tensor, stream: int,
+    dz: Tensor | None, db: Tensor, dc: Tensor, dinitial: Tensor | None, dw: Tensor, stream: int,
 ) -> None: ...
 def mamba_step(
     proj: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor, row: Tensor, position: Tensor, weight: Tensor,

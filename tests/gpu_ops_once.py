@@ -15,12 +15,15 @@ import torch
 
 from pymathrl.ops._call import _C, DTYPES, view
 from pymathrl.ops.attention import PAGE, attention, paged_attention
+from pymathrl.ops.causal_conv1d import causal_conv1d
 from pymathrl.ops.group_advantage import CENTRES, SCALES, group_advantage
 from pymathrl.ops.linear import linear, linear_out
+from pymathrl.ops.mamba_step import mamba_step
 from pymathrl.ops.policy_loss import policy_loss
 from pymathrl.ops.rms_norm import add_rms_norm, rms_norm, rms_norm_out
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes
+from pymathrl.ops.selective_scan import selective_scan
 from pymathrl.ops.soft_embed import soft_embed
 from pymathrl.ops.swiglu import swiglu, swiglu_out
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
@@ -158,6 +161,55 @@ def run_linear(device: str) -> None:
         linear(x[:, :37].bfloat16(), w.bfloat16(), exact=True)
 
 
+MAMBA = ((48, 16, 16), (96, 32, 16), (30, 10, 5), (256, 128, 128))  # D, X, N: one group, several, odd, the most states
+
+
+def run_causal_conv1d(device: str) -> None:
+    offsets = torch.tensor([0, 1, 1, 70, 72]).to(device)
+    for channels, sources, states in MAMBA:
+        for width in (2, 3, 4):
+            for dtype in activations(device):
+                x = torch.randn(75, sources + 3).to(device, dtype).requires_grad_()
+                weight = torch.randn(channels, width).to(device).requires_grad_()
+                initial = torch.randn(4, width - 1, sources).to(device).requires_grad_()
+                for bias, before, silu in ((weight[:, 0].clone(), initial, True), (None, None, False)):
+                    u, final = causal_conv1d(
+                        x[:, 3:], weight, bias, offsets, group=states, initial=before, silu=silu, return_final=True
+                    )
+                    (u.sum() + final.sum()).backward()
+
+
+def run_selective_scan(device: str) -> None:
+    offsets = torch.tensor([0, 1, 1, 70, 72]).to(device)
+    for channels, sources, states in MAMBA:
+        for dtype in activations(device):
+            wide = torch.randn(75, 2 * sources + 4 * channels + 1).to(device, dtype).requires_grad_()
+            u, dt, z, b, c, _ = wide.split([channels, channels, channels, sources, channels, sources + 1], 1)
+            a_log, d, bias = torch.rand(states + 2, channels).to(device).split([states, 1, 1])
+            initial = torch.randn(4, states, channels).to(device).requires_grad_()
+            for gate, before in ((z, initial), (None, None)):
+                y, final = selective_scan(
+                    u, dt, gate, b, c, a_log.t().contiguous(), d[0], bias[0], offsets, initial=before, return_final=True
+                )
+                (y.sum() + final.sum()).backward()
+
+
+def run_mamba_step(device: str) -> None:
+    row, position = (
+        torch.tensor([-1, 0, 2, 2, 2, 2, 1, -1]).to(device),
+        torch.tensor([0, 7, 0, 1, 2, 3, 2, 0]).to(device),
+    )
+    for channels, sources, states in MAMBA:
+        for width in (2, 3, 4):
+            for dtype in activations(device):
+                proj = torch.randn(8, 2 * (channels + sources) + 3).to(device, dtype)
+                conv, ssm = torch.zeros(3, width - 1, sources).to(device), torch.zeros(3, states, channels).to(device)
+                weight, a_log = torch.randn(channels, width).to(device), torch.rand(channels, states).to(device)
+                vectors = torch.rand(3, channels).to(device)
+                dt = torch.randn(8, channels).to(device, dtype)
+                mamba_step(proj, dt, conv, ssm, row, position, weight, vectors[0], a_log, vectors[1], vectors[2])
+
+
 RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "group_advantage": run_group_advantage,
     "policy_loss": run_policy_loss,
@@ -169,6 +221,9 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "rotary": run_rotary,
     "swiglu": run_swiglu,
     "linear": run_linear,
+    "causal_conv1d": run_causal_conv1d,
+    "selective_scan": run_selective_scan,
+    "mamba_step": run_mamba_step,
 }
 
 

@@ -70,7 +70,7 @@ def selective_scan(
     else:
         inputs = (u, dt, z, b, c, a_log, d, dt_bias, initial)
         keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-        both = _SelectiveScan.apply(*inputs, offsets, keep)
+        both = _SelectiveScan.apply(*inputs, offsets, keep, return_final)
     return both if return_final else both[0]
 
 
@@ -79,16 +79,16 @@ class _SelectiveScan(torch.autograd.Function):
     def forward(
         ctx: Any, u: torch.Tensor, dt: torch.Tensor, z: torch.Tensor | None, b: torch.Tensor, c: torch.Tensor,
         a_log: torch.Tensor, d: torch.Tensor, dt_bias: torch.Tensor, initial: torch.Tensor | None,
-        offsets: torch.Tensor, keep: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        offsets: torch.Tensor, keep: bool, return_final: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
         a_log = a_log.contiguous()
         (tokens, channels), states, sequences = u.shape, a_log.shape[1], offsets.shape[0] - 1
         y = u.new_empty(tokens, channels)
-        final = a_log.new_empty(sequences, states, channels)  # holds the running state on the way
+        final = a_log.new_empty(sequences, states, channels) if return_final else None
         checkpoint = a_log.new_empty(_C.selective_scan_tiles(tokens, sequences), states, channels) if keep else None
         _C.selective_scan(
             view(u), view(dt), optional_view(z), view(b), view(c), view(a_log), view(d), view(dt_bias), view(offsets),
-            optional_view(initial), view(y), view(final), optional_view(checkpoint), stream(u),
+            optional_view(initial), view(y), optional_view(final), optional_view(checkpoint), stream(u),
         )  # fmt: skip
         ctx.save_for_backward(u, dt, z, b, c, a_log, d, dt_bias, offsets, checkpoint)
         ctx.has_initial = initial is not None
@@ -104,16 +104,16 @@ class _SelectiveScan(torch.autograd.Function):
         dfinal = None if dfinal is None else dfinal.contiguous()
         du, ddt, db, dc = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (u, dt, b, c))
         dz = None if z is None else torch.empty_like(z, memory_format=torch.contiguous_format)
-        dinitial = a_log.new_empty(sequences, states, channels)  # holds the running adjoint on the way
+        dinitial = a_log.new_empty(sequences, states, channels) if ctx.has_initial else None
         dw = a_log.new_empty(1 + sequences, states + 2, channels)  # row 0: the sums, of a_log before d and dt_bias
         _C.selective_scan_backward(
             view(u), view(dt), optional_view(z), view(b), view(c), view(a_log), view(d), view(dt_bias), view(offsets),
             view(checkpoint), view(dy), optional_view(dfinal), view(du), view(ddt), optional_view(dz), view(db),
-            view(dc), view(dinitial), view(dw), stream(u),
+            view(dc), optional_view(dinitial), view(dw), stream(u),
         )  # fmt: skip
         return (
             du, ddt, dz, db, dc, dw[0, :states].t().contiguous(), dw[0, states].clone(), dw[0, states + 1].clone(),
-            dinitial if ctx.has_initial else None, None, None,
+            dinitial, None, None, None,
         )  # fmt: skip
 
 

@@ -13,9 +13,12 @@ import torch
 
 from pymathrl import _C
 from pymathrl.ops.attention import PAGE, attention, paged_attention
+from pymathrl.ops.causal_conv1d import causal_conv1d
+from pymathrl.ops.mamba_step import mamba_step
 from pymathrl.ops.rms_norm import add_rms_norm
 from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes, support_unpack
+from pymathrl.ops.selective_scan import selective_scan
 from pymathrl.ops.soft_embed import soft_embed
 from pymathrl.ops.swiglu import swiglu
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
@@ -50,7 +53,7 @@ def digest() -> str:
                 results += [x for name, x in mixed._asdict().items() if name != "inputs"]
             for x in results:
                 h.update(x.numpy().tobytes())
-    for results in (*layer_parts(generator), *heads(generator), *attentions(generator)):
+    for results in (*layer_parts(generator), *heads(generator), *attentions(generator), *mamba(generator)):
         for x in results:
             h.update(x.detach().numpy().tobytes())
     return h.hexdigest()
@@ -102,6 +105,31 @@ def attentions(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
                 heads=heads, kv_heads=kv_heads, scale=0.2, q_norm=weight, k_norm=weight,
             )  # fmt: skip
             yield [out.clone(), keys, values]
+
+
+def mamba(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
+    draw = lambda *size: torch.randn(*size, generator=generator)
+    offsets = torch.tensor([0, 70, 71, 73])
+    for channels, sources, states, width in ((8, 4, 2, 4), (96, 32, 16, 4), (32, 32, 16, 3), (40, 20, 20, 2)):
+        x, weight, bias, initial = draw(75, sources), draw(channels, width), draw(channels), draw(3, width - 1, sources)
+        conv = lambda x, w, b, i, group=states: causal_conv1d(
+            x, w, b, offsets, group=group, initial=i, return_final=True
+        )
+        yield with_gradients(conv, x, weight, bias, initial)
+        rows, bc, dt_bias = draw(3, 75, channels), draw(75, sources + channels), draw(channels)
+        a_log, state = draw(channels, states), draw(3, states, channels)
+        scan = lambda u, dt, z, b, c, a, d, bias, h: selective_scan(
+            u, dt, z, b, c, a, d, bias, offsets, initial=h, return_final=True
+        )
+        b, c = (t.contiguous() for t in bc.split([sources, channels], 1))
+        yield with_gradients(scan, *(t.clone() for t in rows), b, c, a_log, bias.detach().clone(), dt_bias, state)
+        with torch.no_grad():
+            row = torch.tensor([0] * 35 + [1] + [2] * 38 + [-1])
+            position = torch.cat([torch.arange(35), torch.arange(1, 2), torch.arange(39)])
+            proj = torch.cat([rows[0], x, b, c], 1)
+            windows, states_of = initial.clone(), state.clone()
+            vectors = (weight, bias, a_log, dt_bias, bias)
+            yield [mamba_step(proj, rows[1], windows, states_of, row, position, *vectors), windows, states_of]
 
 
 @pytest.mark.skipif(len(LEVELS) == 1, reason="this processor has one level only: nothing to compare")

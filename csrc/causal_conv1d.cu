@@ -1,0 +1,1 @@
+#include "causal_conv1d.h"

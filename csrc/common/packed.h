@@ -1,0 +1,38 @@
+// Packed sequences: sequence b is tokens offsets[b] .. offsets[b+1]-1 of a batch of rows; rows from offsets[B] on are
+// padding. Their tiles: at most `size` tokens of one sequence.
+#pragma once
+#include "common/hd.h"
+
+namespace pymathrl {
+
+// Tile i of sequence b has the number offsets[b] / size + b + i: no counting before. The numbers of two sequences do not
+// meet, because a sequence of L tokens from o on has at most (o + L) / size - o / size + 1 tiles. Some numbers name no
+// tile. A sequence without tokens has one empty tile.
+HD int64_t tile_numbers(int64_t tokens, int64_t sequences, int64_t size) { return tokens / size + sequences; }
+
+HD int64_t first_tile(const int64_t* offsets, int64_t sequence, int64_t size) {
+  return offsets[sequence] / size + sequence;
+}
+
+struct Tile {
+  int64_t sequence, start, end;  // of the sequence, [start, end)
+  int64_t first, last;           // of the tile, [first, last)
+};
+
+// False where the number names no tile.
+HD bool find_tile(const int64_t* offsets, int64_t sequences, int64_t size, int64_t number, Tile* tile) {
+  int64_t low = 0, high = sequences;  // the last sequence whose first tile is at most `number`: in [low, high)
+  while (high - low > 1) {
+    const int64_t middle = (low + high) / 2;
+    if (first_tile(offsets, middle, size) <= number)
+      low = middle;
+    else
+      high = middle;
+  }
+  const int64_t index = number - first_tile(offsets, low, size), start = offsets[low], end = offsets[low + 1];
+  const int64_t first = start + index * size;
+  *tile = {low, start, end, first, first + size < end ? first + size : end};
+  return index == 0 || first < end;
+}
+
+}  // namespace pymathrl

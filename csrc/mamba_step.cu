@@ -1,0 +1,1 @@
+#include "mamba_step.h"

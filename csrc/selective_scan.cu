@@ -1,0 +1,1 @@
+#include "selective_scan.h"
