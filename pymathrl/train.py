@@ -426,17 +426,23 @@ def kept_bytes(m: ModelConfig, size: int) -> int:
     Per layer: the residual stream and its norm at both norms, q, k and v as attention reads them, what it gives, gate
     and up, their product; under q and k norms also q, k and v before them; in fp32 the scale of both norms and, per
     head, attention's log-sum-exp. A Mamba layer instead of attention: its projection, dt, the convolution's and the
-    scan's result, and in fp32 a state for each SCAN_TILE tokens.
+    scan's result.
     """
     qkv = (m.num_heads + 2 * m.num_kv_heads) * m.head_dim
     attention = ((1 + m.qk_norm) * qkv + m.num_heads * m.head_dim) * size + 4 * m.num_heads
     kept = m.num_layers * ((4 * m.hidden_size + 3 * m.intermediate_size) * size + 4 * 2)
     kept += m.attention_count * attention
     if m.mamba is not None:
-        scan = (sum(m.mamba.parts) + 3 * m.mamba.inner_size) * size
-        scan += 4 * m.mamba.state_size * m.mamba.inner_size // SCAN_TILE
-        kept += (m.num_layers - m.attention_count) * scan
+        kept += (m.num_layers - m.attention_count) * (sum(m.mamba.parts) + 3 * m.mamba.inner_size) * size
     return kept
+
+
+def kept_states(m: ModelConfig, tokens: int, sequences: int) -> int:
+    """Bytes of the fp32 states that the scans keep besides, one for each SCAN_TILE tokens and one per sequence."""
+    if m.mamba is None:
+        return 0
+    tiles = tokens // SCAN_TILE + sequences
+    return (m.num_layers - m.attention_count) * tiles * 4 * m.mamba.state_size * m.mamba.inner_size
 
 
 def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_policy: int = 0) -> Memory:
@@ -450,6 +456,7 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_pol
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
     beside = 4 * m.hidden_size + 4 * m.intermediate_size  # per token, in one layer's backward pass and in the head
     activations = tokens * (kept_bytes(m, size) + beside * size)
+    activations += kept_states(m, tokens, rows // c.minibatches)
     activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
     side = min(rows, c.rollout_rows)
     buffers = Buffers.nbytes(model, max(c.rollout_rows, PREFILL_ROWS))

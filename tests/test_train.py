@@ -23,9 +23,10 @@ from pymathrl.checkpoint import hash_parameters
 from pymathrl.config import TrainConfig
 from pymathrl.loss import WORKSPACE_BYTES
 from pymathrl.models import Decoder, ModelConfig
+from pymathrl.models.config import Mamba
 from pymathrl.optim import Optimizer
 from pymathrl.tasks import Grade
-from pymathrl.train import kept_bytes, main, plan_memory
+from pymathrl.train import kept_bytes, kept_states, main, plan_memory
 from tests.tiny import SMALL_RUN, read_metrics, save_tiny, tiny_policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -251,11 +252,12 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("layers", [2, 8])
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "hybrid"])
 def test_planned_activations_are_those_that_autograd_keeps(kind, layers):
     config = ModelConfig(
         vocab_size=32, hidden_size=64, intermediate_size=160, num_layers=layers, num_heads=4, num_kv_heads=2,
-        head_dim=32, max_positions=256, model_type=kind, qk_norm=kind == "qwen3",
+        head_dim=32, max_positions=256, model_type="qwen3" if kind == "qwen3" else "llama", qk_norm=kind == "qwen3",
+        mamba=Mamba(128, 64, attention_layers=(1,), dt_rank=4) if kind == "hybrid" else None,
     )  # fmt: skip
     model, tokens = Decoder(config), 200
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()} | {model.rope(256).data_ptr()}
@@ -270,7 +272,8 @@ def test_planned_activations_are_those_that_autograd_keeps(kind, layers):
         hidden = model.hidden(torch.arange(tokens) % 32, torch.tensor([0, 120, tokens]))
     counted = sum(t.untyped_storage().nbytes() for t in kept.values())
     # besides the layers: the input of the last norm with its scale, ids, positions and offsets
-    assert counted == tokens * (kept_bytes(config, 4) + 4 * config.hidden_size + 4 + 8 + 8) + 3 * 8
+    per_token = kept_bytes(config, 4) + 4 * config.hidden_size + 4 + 8 + 8
+    assert counted == tokens * per_token + 3 * 8 + kept_states(config, tokens, sequences=2)
     policy = replace(tiny_policy(), model=model, config=config)
     options = replace(
         TrainConfig(), tokens_per_microbatch=tokens, max_prompt_tokens=100, max_new_tokens=100, minibatches=1
