@@ -456,7 +456,7 @@ def plan_memory(c: TrainConfig, policy: Policy, device: torch.device, beside_pol
     tokens = min(max(c.tokens_per_microbatch, context), rows // c.minibatches * context)
     beside = 4 * m.hidden_size + 4 * m.intermediate_size  # per token, in one layer's backward pass and in the head
     activations = tokens * (kept_bytes(m, size) + beside * size)
-    activations += kept_states(m, tokens, rows // c.minibatches)
+    activations += kept_states(m, tokens, min(rows // c.minibatches, tokens // PAGE + 1))  # few are shorter than a page
     activations += WORKSPACE_BYTES[device.type] + m.vocab_size * m.hidden_size * size
     side = min(rows, c.rollout_rows)
     buffers = Buffers.nbytes(model, max(c.rollout_rows, PREFILL_ROWS))
