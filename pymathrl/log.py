@@ -38,6 +38,7 @@ from pymathrl.errors import UserError
 from pymathrl.files import explain_os_errors, write_atomic
 
 STAGES = ("prompt", "rollout", "verify", "advantage", "loss", "optim", "eval", "checkpoint")
+HEADLINES = (("KL", "teacher_kl"), ("loss", "nll"), ("reward", "reward"))  # label and metric of what a run is about
 _ETA_STEPS = 20  # the remaining time follows the speed of so many last steps
 _SPARK_WIDTH = 24
 _FRACTIONS = ("pass@", "accuracy", "coverage", "completions/clipped_ratio")  # shown in percent
@@ -150,6 +151,11 @@ def sparkline(values: Iterable[float], ascii_only: bool = False) -> str:
     return "".join(marks[min(len(marks) - 1, int((v - low) / span * len(marks)))] if span else marks[0] for v in finite)
 
 
+def _headline(values: Mapping[str, Any]) -> tuple[str, str]:
+    """What the run is about: the first that it reports."""
+    return next((pair for pair in HEADLINES if pair[1] in values), HEADLINES[-1])
+
+
 def _stage_shares(metrics: Mapping[str, Any], above: float = 0.005) -> list[tuple[str, float]]:
     seconds = {s: float(metrics[f"time/{s}"]) for s in STAGES if f"time/{s}" in metrics}
     total = sum(seconds.values())
@@ -213,7 +219,7 @@ class RunLog:
         values = {**_plain(metrics), **self._held_evals.pop(step, {})}
         self._write_metrics(step, values)
         self._done, self._last = step, values
-        value = values.get("nll", values.get("reward"))
+        value = values.get(_headline(values)[1])
         if isinstance(value, int | float):
             self._curve.append(float(value))
         self._stamps.append(time.monotonic())
@@ -339,8 +345,7 @@ class RunLog:
     def _step_line(self, step: int, values: Mapping[str, Any]) -> str:
         parts = [f"step {step:>5}/{self._total}"]
         for label, name in (
-            ("loss", "nll"),
-            ("reward", "reward"),
+            *HEADLINES,
             ("accuracy", "accuracy"),
             ("entropy", "entropy"),
             ("length", "completions/mean_length"),
@@ -374,7 +379,7 @@ class RunLog:
             grid.add_column(style="dim", no_wrap=True)
             grid.add_column(no_wrap=True, min_width=8)
         cells = [
-            ("loss", "nll") if "nll" in values else ("reward", "reward"),
+            _headline(values),
             ("accuracy", "accuracy"),
             ("entropy", "entropy"),
             ("tokens/s", "tokens_per_second"),
@@ -390,7 +395,7 @@ class RunLog:
         if curve := [r for r in list(self._curve) if math.isfinite(r)]:
             low, high = min(curve), max(curve)
             spark = sparkline(curve, ascii_only)
-            what = "loss" if "nll" in values else "reward"
+            what = _headline(values)[0]
             lines.append(
                 Text.assemble(
                     (f"{what}, last steps  ", "dim"), (spark, "green"), f"  {show('', low)} .. {show('', high)}"

@@ -14,6 +14,8 @@ from torch import nn
 
 from pymathrl.config import TrainConfig
 
+NO_DECAY = "a_log"  # a matrix that is none: decay would pull the rates of a Mamba's channels towards one another
+
 
 @dataclass(frozen=True)
 class StepReport:
@@ -25,7 +27,7 @@ class StepReport:
 
 
 class Optimizer:
-    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the weights in place; decay on matrices only.
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101) on the weights in place; decay on matrices only, not on A_log.
 
     `step` works on the gradients accumulated since the last one and clears them. Those of low-precision weights are
     added up in fp32, in their master's grad, as each backward pass makes them.
@@ -37,8 +39,10 @@ class Optimizer:
         self.updates = 0  # optimizer steps tried, skipped ones included: the schedule's clock
         self.weights = [p for p in model.parameters() if p.requires_grad]
         self.parameters = [p if p.dtype == torch.float32 else _master(p) for p in self.weights]
-        matrices = [p for p in self.parameters if p.ndim >= 2]
-        vectors = [p for p in self.parameters if p.ndim < 2]
+        names = [name for name, p in model.named_parameters() if p.requires_grad]
+        decays = [p.ndim >= 2 and not name.endswith(NO_DECAY) for name, p in zip(names, self.parameters, strict=True)]
+        matrices = [p for p, decay in zip(self.parameters, decays, strict=True) if decay]
+        vectors = [p for p, decay in zip(self.parameters, decays, strict=True) if not decay]
         self.adamw = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
             lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True,

@@ -220,7 +220,11 @@ def _legend_below(ax: Axes) -> None:
 
 
 def _reward_panel(ax: Axes, run: Run) -> None:
-    """The reward; of a supervised run, which has none, the loss."""
+    """The reward; of a supervised run, which has none, the loss; of a distillation, the KL to the teacher."""
+    if "teacher_kl" in run.series:
+        _curve(ax, run, "teacher_kl", BLUE)
+        _dress(ax, "KL to the teacher on the trained tokens", "nats per token")
+        return
     if "nll" in run.series:
         _curve(ax, run, "nll", BLUE)
         _dress(ax, "loss on the trained tokens", "nats per token")

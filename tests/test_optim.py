@@ -35,6 +35,16 @@ def test_equals_torch_adamw_with_decay_on_matrices_only():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7, msg=name)
 
 
+def test_the_rates_of_a_mamba_do_not_decay():
+    config = dataclasses.replace(TrainConfig(), lr=1e-2, weight_decay=0.5)
+    model = tiny_policy(hybrid=True).model
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    Optimizer(model, config, 10).step()  # no gradient: what moves is decay
+    still = {name for name, p in model.named_parameters() if torch.equal(p, before[name])}
+    assert "layers.0.a_log" in still and "layers.0.d" in still and "layers.0.dt_bias" in still
+    assert "layers.0.in_proj" not in still and "layers.0.conv" not in still and "layers.1.qkv" not in still
+
+
 def test_clipping_scales_to_the_norm_and_reports_the_norm_before():
     config = dataclasses.replace(TrainConfig(), lr=1.0, max_grad_norm=0.5)
     model = tiny_policy().model

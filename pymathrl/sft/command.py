@@ -34,6 +34,7 @@ from pymathrl.eval import evaluate
 from pymathrl.log import RunLog, StageTimer, to_json
 from pymathrl.loss import TokenTerms, fused_policy_loss
 from pymathrl.models import Decoder, Policy, load, save
+from pymathrl.models.convert import shape_of, spread_layers, to_hybrid
 from pymathrl.ops._call import WHY
 from pymathrl.optim import Optimizer
 from pymathrl.options import run_command
@@ -43,6 +44,7 @@ from pymathrl.rollout import Draws, Engine
 from pymathrl.rollout.score import score
 from pymathrl.sft.blend import Blend, DataSpec, FileRows, Solutions, file_blend, parse_data, read_file
 from pymathrl.sft.collect import collect
+from pymathrl.sft.distill import check_pair, distillation_loss
 from pymathrl.sft.options import SftConfig, SftRun, parse_sft
 from pymathrl.sft.rows import pack
 from pymathrl.tasks import Task, load_task
@@ -80,19 +82,20 @@ def sft(run: SftRun) -> int:
         clean_checkpoints(run.resume)
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
     policy = first_policy(config, device) if checkpoint is None else load_policy(config, str(checkpoint), device)
+    teacher = first_teacher(config, policy, device) if config.mode == "distill" else None
     common = config.common() if task is None else fit_context(config.common(), policy)
     most = min(config.max_tokens, policy.config.max_positions)
     blend = None
     if config.data is not None:
-        blend = file_blend(policy, config.mode, parse_data(config.data), most, config.seed)
-    elif config.mode == "sft" and task is not None:
+        blend = file_blend(policy, config.rows, parse_data(config.data), most, config.seed)
+    elif config.mode in ("sft", "distill") and task is not None:
         blend = Blend([Solutions(policy, task, most)], [1.0], config.seed)
         blend.draw(0, 1)  # a task without problems or solutions to train on fails here: nothing was written yet
     elif task is not None:
         task.train(0, config.seed)
     held_out = None
     if config.eval_data is not None:
-        held_out = read_file(policy, config.mode, parse_data(config.eval_data)[0], most)
+        held_out = read_file(policy, config.rows, parse_data(config.eval_data)[0], most)
     steps = config.steps
     if config.epochs and blend is not None:
         rows = sum(len(s.examples) for s in blend.sources if isinstance(s, FileRows))
@@ -131,7 +134,9 @@ def sft(run: SftRun) -> int:
             log.note(line)
         if run.resume is not None:
             log.note(f"resumed from {checkpoint}" if checkpoint else "no checkpoint was written yet: starting over")
-        session = Session(config, common, policy, task, blend, held_out, optimizer, state, log, out, steps, memory)
+        session = Session(
+            config, common, policy, teacher, task, blend, held_out, optimizer, state, log, out, steps, memory
+        )  # fmt: skip
         session.loop(stop)
         if stop.asked and state.step < session.total:
             log.note(f"stopped after step {state.step}; continue with: python -m pymathrl.sft --resume {out}")
@@ -179,6 +184,7 @@ class Session:
     config: SftConfig
     common: TrainConfig
     policy: Policy
+    teacher: Policy | None  # mode distill
     task: Task | None
     blend: Blend | None  # mode rft: of the round's rows, None before the first
     held_out: FileRows | None
@@ -301,21 +307,33 @@ class Session:
             drawn = self.blend.draw(state.cursor, config.rows_per_step)
             rollout, weight = pack(drawn.examples, self.policy.device)
         with timer("loss"):
-            nll = float(supervised_loss(self.policy.model, rollout, weight, config.tokens_per_microbatch))
+            losses = self.losses(rollout, weight)
+            nll = losses["nll"]
         with timer("optim"):
-            report = self.optimizer.step(math.isfinite(nll))
+            report = self.optimizer.step(all(map(math.isfinite, losses.values())))
         self.count_skip(report.applied)
         trained = int(rollout.sampled_mask.sum())
         state.cursor, state.tokens = drawn.cursor, state.tokens + trained
         state.nll = [*state.nll[:1], nll]
         metrics: dict[str, Any] = {
-            "nll": nll, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate, "tokens": state.tokens,
+            **losses, "grad_norm": report.grad_norm, "learning_rate": report.learning_rate, "tokens": state.tokens,
             "tokens_per_second": trained / (time.perf_counter() - begin), "rows/mean_tokens": rollout.tokens /
             rollout.rows, "rows/too_long": drawn.too_long, "updates/skipped": state.skipped,
         }  # fmt: skip
         if len(drawn.per_source) > 1:
             metrics |= {f"rows/source_{i + 1}": n for i, n in enumerate(drawn.per_source)}
         return metrics
+
+    def losses(self, rollout: Rollout, weight: Tensor) -> dict[str, float]:
+        """The step's means in nats, with their gradients: nll, and in mode distill teacher_kl."""
+        config = self.config
+        if self.teacher is None:
+            return {"nll": float(supervised_loss(self.policy.model, rollout, weight, config.tokens_per_microbatch))}
+        made = distillation_loss(
+            self.policy, self.teacher, rollout, weight, config.tokens_per_microbatch, kl_weight=config.kl_weight,
+            ce_weight=config.ce_weight,
+        )  # fmt: skip
+        return {"nll": float(made.nll), "teacher_kl": float(made.kl)}
 
     def count_skip(self, applied: bool) -> None:
         state = self.state
@@ -392,13 +410,29 @@ class Session:
 def first_policy(config: SftConfig, device: torch.device) -> Policy:
     """The model that a run starts from: --model, or the mean of those of --average-of."""
     if config.average_of is None:
-        return load_policy(config, config.model, device)
+        policy = load_policy(config, config.model, device)
+        if config.mode == "distill" and policy.config.mamba is None:
+            kept = config.kept_layers()
+            return to_hybrid(policy, spread_layers(policy.config.num_layers) if kept is None else kept, config.seed)
+        if config.attention_layers is not None:
+            raise UserError(f"--attention-layers: {config.model} is a hybrid already; leave it out to go on with it")
+        return policy
     paths = [path for path in config.average_of.split(",") if path]
     if len(paths) < 2:
         raise UserError(f"--average-of: expected two or more models, comma-separated, got {config.average_of!r}")
     policy = load_policy(config, paths[0], device)
     average_weights(policy, paths[1:], config, device)
     return policy
+
+
+def first_teacher(config: SftConfig, student: Policy, device: torch.device) -> Policy:
+    """The model of --teacher, or of --model where that is a transformer. Frozen."""
+    teacher = load_policy(config, config.teacher or config.model, device)
+    if config.teacher is None and teacher.config.mamba is not None:
+        raise UserError(f"--model {config.model} is a hybrid: name the model to be like with --teacher")
+    check_pair(student, teacher)
+    teacher.model.requires_grad_(False)
+    return teacher
 
 
 def load_policy(config: SftConfig, path: str, device: torch.device) -> Policy:
@@ -468,6 +502,9 @@ def describe(
                 gone = ", ".join(f"{n} {why}" for why, n in source.left_out.items())
                 text += f"; {len(source.examples):,} rows" + (f", left out: {gone}" if gone else "")
             lines.append(text)
+    if config.mode == "distill":
+        like = config.teacher or config.model
+        lines.append(f"teacher   {like}; student: {shape_of(m) if m.mamba is not None else 'a transformer'}")
     if config.mode == "rft":
         lines.append(
             f"data      {config.task}: {config.rounds} rounds of {config.problems} problems x "

@@ -21,6 +21,8 @@ MODES = {
     "sft": "cross-entropy on the responses of --data, or on the task's own worked solutions",
     "rft": "samples responses to the task's problems, keeps verified ones, trains on them; --rounds times",
     "cft": "cross-entropy on critiques: rows of --data hold question, solution and critique",
+    "distill": "reverse KL to a teacher on the rows of mode sft; a transformer becomes an M1 hybrid, which starts from "
+    "it (python -m pymathrl.distill)",
 }
 
 
@@ -39,6 +41,13 @@ class SftConfig:
     average_of: str | None = option(
         None, "start from the mean of these models' weights, DIR,DIR,.., not from --model; --steps 0 to only save it"
     )  # fmt: skip
+    teacher: str | None = option(None, "distill: the model to be like, a folder or name as in --model [--model]")
+    attention_layers: str | None = option(
+        None, "distill: layers of a transformer --model that stay attention, 3,8,13 from 0 on; the others become "
+        "Mamba layers [M1's share, 6 of 28, evenly spread]"
+    )  # fmt: skip
+    kl_weight: float = at_least(0, 1.0, "distill: factor of KL(student || teacher) in the loss")
+    ce_weight: float = at_least(0, 0.0, "distill: factor of the cross-entropy on the rows' own tokens in the loss")
     data: str | None = option(
         None, "rows: FILE.jsonl[:WEIGHT][:mcq|open], comma-separated; no weights = all rows equally often"
     )
@@ -110,6 +119,20 @@ class SftConfig:
         shared = {f.name for f in dataclasses.fields(TrainConfig)} - {"task", "samples_per_prompt"}
         return TrainConfig(**{n: v for n, v in dataclasses.asdict(self).items() if n in shared})
 
+    @property
+    def rows(self) -> str:
+        """The mode whose rows are read."""
+        return "sft" if self.mode == "distill" else self.mode
+
+    def kept_layers(self) -> tuple[int, ...] | None:
+        """--attention-layers as numbers. UserError where it is none."""
+        if self.attention_layers is None:
+            return None
+        words = [word.strip() for word in self.attention_layers.split(",") if word.strip()]
+        if not all(word.isdigit() for word in words):
+            raise UserError(f"--attention-layers: expected numbers like 3,8,13, got {self.attention_layers!r}")
+        return tuple(map(int, words))
+
     def rules(self) -> Rules:
         return Rules(
             self.accept, self.min_accepted_tokens, self.max_accepted_tokens, self.repetition_ngram,
@@ -123,10 +146,14 @@ class SftConfig:
 
 TINY = {"steps": 60, "max_tokens": 128, "max_new_tokens": 64, "max_prompt_tokens": 64, "eval_every": 20,
         "checkpoint_every": 20}  # fmt: skip
+PAPER = {  # what the paper of a mode trains with (M1, arXiv 2504.10449, section 3), for every model
+    "distill": {"adam_beta2": 0.95, "weight_decay": 0.1, "warmup_steps": 200},
+}
 # By mode: worked solutions are what the built-in model was made of, and at 1e-4 they move it more than they teach it.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "builtin:tiny": {
         "sft": {**TINY, "lr": 3e-5}, "cft": {**TINY, "lr": 3e-5}, "rft": {**TINY, "lr": 4e-4, "problems": 512},
+        "distill": {**TINY, "lr": 2e-3, "warmup_steps": 20},
     },
 }  # fmt: skip
 
@@ -176,7 +203,7 @@ def parse_sft(argv: list[str] | None = None) -> SftRun:
     if task is None and (early.get("mode") == "rft" or not early.get("data")):
         task = "countdown"
     defaults = {} if task is None else task_options(task)
-    parser = _parser(defaults)
+    parser = _parser(defaults, early.get("mode", SftConfig.mode))
     given, unknown = parser.parse_known_args(argv)
     if unknown:
         word = unknown[0].split("=")[0]
@@ -185,9 +212,10 @@ def parse_sft(argv: list[str] | None = None) -> SftRun:
         raise UserError(f"unknown option {word}; {nearest(word, parser._option_string_actions)}")
     typed = {k: v for k, v in vars(given).items() if v is not None and k not in ("config", "resume", "dry_run")}
     model = early.get("model", SftConfig.model)
-    preset = (
-        {} if saved or early.get("average_of") else PRESETS.get(model, {}).get(early.get("mode", SftConfig.mode), {})
-    )
+    mode = early.get("mode", SftConfig.mode)
+    preset = {} if saved else PAPER.get(mode, {})
+    if not saved and not early.get("average_of"):
+        preset = {**preset, **PRESETS.get(model, {}).get(mode, {})}
     values = {**preset, **saved, **file, **typed}
     if task is not None:
         values["task"] = task
@@ -215,6 +243,15 @@ def _check(c: SftConfig) -> None:
         raise UserError("--data is not read by --mode rft, whose rows are sampled; use --mode sft for rows of a file")
     if c.mode == "cft" and c.data is None:
         raise UserError("--mode cft needs --data: a JSONL file of rows with question, solution and critique")
+    if c.mode != "distill":
+        for name in ("teacher", "attention_layers"):
+            if getattr(c, name) is not None:
+                raise UserError(f"{flag(name)} is an option of --mode distill, got --mode {c.mode}")
+    elif c.kl_weight == c.ce_weight == 0:
+        raise UserError("--kl-weight and --ce-weight are both 0: there is no loss")
+    elif c.average_of is not None and c.teacher is None:
+        raise UserError("--mode distill with --average-of needs --teacher: a mean of models is no teacher by default")
+    c.kept_layers()
     if c.epochs and c.data is None:
         raise UserError("--epochs counts passes over the rows of --data; without a file give --steps")
     if c.mode != "rft" and (c.rounds > 1 or c.reset_to_base == "yes"):
@@ -247,16 +284,20 @@ def _check_resume(typed: dict[str, Any], saved: dict[str, Any], task: str | None
             )
 
 
-def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
-    modes = "\n".join(f"  {name:<6} {text}" for name, text in MODES.items())
-    presets = "\n".join(
+def _parser(task_defaults: dict[str, Any], mode: str) -> argparse.ArgumentParser:
+    modes = "\n".join(f"  {name:<8} {text}" for name, text in MODES.items())
+    presets = "".join(
+        f"  any model, {mode}: " + ", ".join(f"{flag(k)} {v}" for k, v in preset.items()) + "\n"
+        for mode, preset in PAPER.items()
+    )
+    presets += "\n".join(
         f"  {model}, {mode}: " + ", ".join(f"{flag(k)} {v}" for k, v in preset.items())
         for model, by_mode in PRESETS.items()
         for mode, preset in by_mode.items()
     )
     parser = CommandParser(
-        prog="python -m pymathrl.sft",
-        description=f"{HEADER}\n\nmodes:\n{modes}\n\ndefaults that differ for a built-in model:\n{presets}",
+        prog=f"python -m pymathrl.{'distill' if mode == 'distill' else 'sft'}",
+        description=f"{HEADER}\n\nmodes:\n{modes}\n\ndefaults that differ:\n{presets}",
         formatter_class=formatter,
         allow_abbrev=False,
     )
