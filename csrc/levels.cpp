@@ -7,6 +7,7 @@
 #include "rms_norm.h"
 #include "rotary.h"
 #include "row_kernels.h"
+#include "ssd.h"
 #include "swiglu.h"
 
 // The files of PYMATHRL_LEVEL_OPS (CMakeLists.txt) are compiled once per processor level, each into the namespace of its
@@ -78,6 +79,9 @@ BY_LEVEL(rms_norm_cpu, RmsNormParams)
 BY_LEVEL(rms_norm_backward_cpu, RmsNormGradParams)
 BY_LEVEL(rotary_cpu, RotaryParams)
 BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
+BY_LEVEL(ssd_scan_cpu, SsdScanParams)
+BY_LEVEL(ssd_scan_backward_cpu, SsdGradParams)
+BY_LEVEL(ssd_step_cpu, SsdStepParams)
 BY_LEVEL(swiglu_cpu, SwigluParams)
 BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
 

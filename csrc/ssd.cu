@@ -1,0 +1,1 @@
+#include "ssd_backward.h"
