@@ -43,7 +43,7 @@ def eager_step(x, dt, b, c, state, a_log, d, dt_bias):
     delta = F.softplus(dt + dt_bias)
     x, b, c = (t.unflatten(1, (HEADS, -1)) for t in (x, b, c))
     state.mul_(torch.exp(delta * -a_log.exp())[..., None, None])
-    state.add_((b[..., None] * (delta[..., None] * x)[:, :, None]))
+    state.add_(b[..., None] * (delta[..., None] * x)[:, :, None])
     return (c[:, :, None] @ state)[:, :, 0] + d[:, None] * x
 
 
@@ -55,7 +55,7 @@ def main() -> None:
     draw = lambda rows, columns: torch.randn(rows, columns, generator=generator)
     weights = [t.to(args.device) for t in (torch.linspace(0, 2.5, HEADS), torch.ones(HEADS), torch.zeros(HEADS))]
     columns = HEADS * WIDTH, HEADS, HEADS * STATES, HEADS * STATES
-    for tokens, dtype in [(t, d) for t in SHAPES[args.device][: 1 if args.quick else 2] for d in dtypes]:
+    for tokens, dtype in [(n, d) for n in SHAPES[args.device][: 1 if args.quick else 2] for d in dtypes]:
         offsets = torch.arange(0, tokens + 1, tokens // 4).to(args.device)
         inputs = [draw(tokens, n) for n in columns]
         inputs[1] -= 4  # delta about 0.02, as models have it
@@ -71,7 +71,7 @@ def main() -> None:
             return ssd_scan_ref(*tensors, *weights64, offsets, groups=HEADS)[0]
 
         def peer(x, dt, b, c, tokens=tokens):
-            shape = lambda t: t.unflatten(0, (4, -1)).unflatten(2, (HEADS, -1))
+            shape = lambda rows: rows.unflatten(0, (4, -1)).unflatten(2, (HEADS, -1))
             y = chunked(shape(x), dt.unflatten(0, (4, -1)), shape(b), shape(c), *weights)
             return y.flatten(2).flatten(0, 1).to(x.dtype)
 
@@ -108,7 +108,7 @@ def main() -> None:
             eager=lambda gradient=gradient, peer=peer: gradient(peer),
             cold=False,
         )
-    for rows, dtype in [(r, d) for r in ROWS[args.device][: 2 if args.quick else 3] for d in dtypes]:
+    for rows, dtype in [(n, d) for n in ROWS[args.device][: 2 if args.quick else 3] for d in dtypes]:
         tokens = [draw(rows, n).to(args.device, dtype) for n in columns]
         state = torch.randn(rows, HEADS, STATES, WIDTH, generator=generator).to(args.device)
         row, out = torch.arange(rows).to(args.device), torch.empty_like(tokens[0])

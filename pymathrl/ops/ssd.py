@@ -159,7 +159,7 @@ def ssd_step(
     a_log, d, dt_bias  fp32 [H]
     out       [R,H*P] in the dtype of x, written and returned: then the call allocates nothing
 
-    Returns y [R,H*P]. Not differentiable; waits for nothing on a GPU, so that it can stand in a CUDA graph or a Program.
+    Returns y [R,H*P]. Not differentiable; waits for nothing on a GPU: it can stand in a CUDA graph or a Program.
     A sequence's results depend on it alone: not on the other rows, on how its tokens are cut into calls, or on threads.
     On the CPU they are bit for bit those of `ssd_scan`.
     Raises ValueError for a wrong shape or dtype, and on the CPU for rows out of range.

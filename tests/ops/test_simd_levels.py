@@ -108,8 +108,7 @@ def attentions(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
 def scans(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
     for heads, width, groups, states in ((4, 5, 2, 7), (2, 64, 1, 20), (2, 70, 2, 128)):
         x, dt, b, c = (
-            torch.randn(99, n, generator=generator)
-            for n in (heads * width, heads, groups * states, groups * states)
+            torch.randn(99, n, generator=generator) for n in (heads * width, heads, groups * states, groups * states)
         )
         weights, state = torch.rand(3, heads, generator=generator), torch.ones(3, heads, states, width)
         offsets, row = torch.tensor([0, 67, 67, 98]), torch.tensor([0] * 50 + [1, -1] + [2] * 47)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -65,12 +66,17 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
     assert {k for k in a if not torch.equal(a[k], b[k])} == set()
 
 
+@functools.cache
+def references(name: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    data = draw(*SHAPES[name])
+    return run(ssd_scan_ref, data), run(ssd_scan_ref, to(data, torch.float64))
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("chunk", [256, 100, 7])
 def test_accuracy(device: str, name: str, chunk: int) -> None:
-    data = draw(*SHAPES[name])
-    ours = scan(data, device, chunk=chunk)
-    ref32, ref64 = run(ssd_scan_ref, data), run(ssd_scan_ref, to(data, torch.float64))
+    ours = scan(draw(*SHAPES[name]), device, chunk=chunk)
+    ref32, ref64 = references(name)
     for k in ours:
         assert_accurate(ours[k], ref32[k], ref64[k], k, FLOOR.get(k, 1e-7))
 
@@ -310,8 +316,8 @@ def test_step_reference() -> None:
         tokens = [inputs[k] for k in ("x", "dt", "b", "c")]
         ssd_step_ref(*tokens, states, row, position, *weights, out=out)
         both.append((out, states))
-    ours = state.clone(), stepped(data, state, row, position, slice(None))
-    for ours, ref32, ref64 in zip((ours[1], state), *both, strict=True):
+    y = stepped(data, state, row, position, slice(None))
+    for ours, ref32, ref64 in zip((y, state), *both, strict=True):
         assert_accurate(ours, ref32, ref64)
 
 
