@@ -21,6 +21,8 @@
 #include "sample_token.h"
 #include "selective_scan.h"
 #include "soft_embed.h"
+#include "ssd.h"
+#include "ssd_backward.h"
 #include "swiglu.h"
 #include "token_logprob.h"
 
@@ -335,6 +337,18 @@ void philox_uniforms(const Tensor& uid, const Tensor& step, const Tensor& out, u
     x[i] = philox_uniform(seed, static_cast<uint64_t>(u[i]), static_cast<uint32_t>(t[i]), stream_id);
 }
 
+// The bounds of packed sequences: from 0, not falling, at most `tokens`.
+const int64_t* packed_offsets(const Args& args, const char* op, const Tensor& offsets, int64_t tokens) {
+  const int64_t sequences = offsets.size[0] - 1;
+  if (sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
+  const int64_t* at = args.dense<int64_t>("offsets", offsets, {sequences + 1});
+  if (args.cuda()) return at;  // on a GPU the check would wait for the device
+  for (int64_t b = 0; b <= sequences; ++b)
+    if (at[b] < (b ? at[b - 1] : 0) || at[b] > (b ? tokens : 0))
+      fail(op, ": offsets must start at 0 and rise to at most ", tokens, " (the tokens), got ", at[b], " at ", b);
+  return at;
+}
+
 // Shapes shared by the attention ops. qkv: [..., (H+2K)E].
 int64_t attention_head_dim(const char* op, const Tensor& qkv, int64_t heads, int64_t kv_heads) {
   int64_t head_dim = qkv.size[qkv.ndim - 1] / (heads + 2 * kv_heads);
@@ -342,15 +356,6 @@ int64_t attention_head_dim(const char* op, const Tensor& qkv, int64_t heads, int
     fail(op, ": the head size must be a multiple of 8 and at most ", kMaxHead, ", got ", head_dim, "; use torch's ",
          "scaled_dot_product_attention for it");
   return head_dim;
-}
-
-// Of packed sequences in the rows of `rows`. On a GPU the check would wait for the device.
-void check_offsets(const Args& args, const char* op, const int64_t* offsets, int64_t sequences, int64_t tokens,
-                   const char* rows) {
-  for (int64_t b = 0; b <= sequences && !args.cuda(); ++b)
-    if (offsets[b] < (b ? offsets[b - 1] : 0) || offsets[b] > (b ? tokens : 0))
-      fail(op, ": offsets must start at 0 and rise to at most ", tokens, " (the tokens of ", rows, "), got ",
-           offsets[b], " at ", b);
 }
 
 AttentionParams attention_params(const Args& args, const char* op, const Tensor& qkv, const Tensor& offsets,
@@ -363,11 +368,9 @@ AttentionParams attention_params(const Args& args, const char* op, const Tensor&
   p.kv_heads = kv_heads;
   p.head_dim = attention_head_dim(op, qkv, heads, kv_heads);
   p.qkv = args.dense("qkv", qkv, p.dtype, {p.tokens, (heads + 2 * kv_heads) * p.head_dim});
-  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
-  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
+  p.offsets = packed_offsets(args, op, offsets, p.tokens);
   p.out = args.dense("out", out, p.dtype, {p.tokens, heads * p.head_dim});
   p.lse = args.dense<float>("lse", lse, {p.tokens, heads});
-  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "qkv");
   return p;
 }
 
@@ -569,9 +572,8 @@ CausalConv1dParams causal_conv1d_params(const Args& args, const char* op, const 
   p.weight = args.dense<float>("weight", weight, {p.channels, p.width});
   p.bias = args.optional<float>("bias", bias, {p.channels});
   if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
-  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
+  p.offsets = packed_offsets(args, op, offsets, p.tokens);
   p.initial = args.optional<float>("initial", initial, {p.sequences, p.width - 1, p.sources});
-  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "x");
   return p;
 }
 
@@ -646,8 +648,7 @@ SelectiveScanParams selective_scan_params(const Args& args, const char* op, cons
   p.d = args.dense<float>("d", d, {p.channels});
   p.dt_bias = args.dense<float>("dt_bias", dt_bias, {p.channels});
   if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
-  p.offsets = args.dense<int64_t>("offsets", offsets, {p.sequences + 1});
-  check_offsets(args, op, p.offsets, p.sequences, p.tokens, "u");
+  p.offsets = packed_offsets(args, op, offsets, p.tokens);
   return p;
 }
 
@@ -725,6 +726,111 @@ void mamba_step(const Tensor& proj, const Tensor& dt, const Tensor& conv_state, 
   p.dt_bias = args.dense<float>("dt_bias", dt_bias, {p.channels});
   p.out = args.dense("out", out, p.dtype, {p.rows, p.channels});
   launch(args, stream, p, mamba_step_cpu, CUDA_TWIN(mamba_step_cuda));
+}
+
+// [T,columns] of the op's activations; returns the distance between its rows.
+int64_t activation_rows(const Args& args, const char* op, const char* name, const Tensor& t, DType dtype, int64_t rows,
+                        int64_t columns) {
+  args.check_dtype(name, t, dtype);
+  const int64_t stride = args.rows(name, t);
+  if (t.size[0] != rows || t.size[1] != columns)
+    fail(op, ": ", name, " must have shape [", rows, ", ", columns, "], got ", shape_text(t.size, t.ndim));
+  return stride;
+}
+
+SsdInputs ssd_inputs(const Args& args, const char* op, const Tensor& x, const Tensor& dt, const Tensor& b,
+                     const Tensor& c, const Tensor& a_log, const Tensor& d, const Tensor& dt_bias, int64_t groups,
+                     int64_t states) {
+  SsdInputs in{};
+  in.dtype = args.activation_dtype("x", x);
+  args.rows("x", x);
+  in.tokens = x.size[0];
+  in.heads = a_log.size[0];
+  in.width = x.size[1] / in.heads;
+  in.groups = groups;
+  in.states = states;
+  if (in.states > kMaxSsdStates) fail(op, ": b must have at most ", kMaxSsdStates, " states in a group, got ", in.states);
+  in.x_stride = activation_rows(args, op, "x", x, in.dtype, in.tokens, in.heads * in.width);
+  in.dt_stride = activation_rows(args, op, "dt", dt, in.dtype, in.tokens, in.heads);
+  in.b_stride = activation_rows(args, op, "b", b, in.dtype, in.tokens, groups * in.states);
+  in.c_stride = activation_rows(args, op, "c", c, in.dtype, in.tokens, groups * in.states);
+  in.x = x.data, in.dt = dt.data, in.b = b.data, in.c = c.data;
+  in.a_log = args.dense<float>("a_log", a_log, {in.heads});
+  in.d = args.dense<float>("d", d, {in.heads});
+  in.dt_bias = args.dense<float>("dt_bias", dt_bias, {in.heads});
+  return in;
+}
+
+void ssd_scan(const Tensor& x, const Tensor& dt, const Tensor& b, const Tensor& c, const Tensor& a_log,
+              const Tensor& d, const Tensor& dt_bias, const Tensor& offsets, const Tensor* initial, const Tensor& y,
+              const Tensor& final, const Tensor* starts, int64_t groups, int64_t chunk, uintptr_t stream) {
+  Args args("ssd_scan", x);
+  SsdScanParams p{};
+  p.in = ssd_inputs(args, "ssd_scan", x, dt, b, c, a_log, d, dt_bias, groups, b.size[1] / groups);
+  const SsdInputs& in = p.in;
+  p.offsets = packed_offsets(args, "ssd_scan", offsets, in.tokens);
+  p.sequences = offsets.size[0] - 1;
+  p.chunk = chunk;
+  p.initial = args.optional<float>("initial", initial, {p.sequences, in.heads, in.states, in.width});
+  p.y = args.dense("y", y, in.dtype, {in.tokens, in.heads * in.width});
+  p.final = args.dense<float>("final", final, {p.sequences, in.heads, in.states, in.width});
+  p.starts = args.optional<float>("starts", starts,
+                                  {ssd_chunks(in.tokens, p.sequences, chunk), in.heads, in.states, in.width});
+  launch(args, stream, p, ssd_scan_cpu, CUDA_TWIN(ssd_scan_cuda));
+}
+
+void ssd_scan_backward(const Tensor& x, const Tensor& dt, const Tensor& b, const Tensor& c, const Tensor& a_log,
+                       const Tensor& d, const Tensor& dt_bias, const Tensor& offsets, const Tensor& starts,
+                       const Tensor& dy, const Tensor* dfinal, const Tensor& dx, const Tensor& ddt, const Tensor& db,
+                       const Tensor& dc, const Tensor* dinitial, const Tensor& sums, const Tensor& work,
+                       int64_t groups, int64_t chunk, uintptr_t stream) {
+  const char* op = "ssd_scan_backward";
+  Args args(op, x);
+  SsdGradParams p{};
+  SsdInputs& in = p.forward.in;
+  in = ssd_inputs(args, op, x, dt, b, c, a_log, d, dt_bias, groups, b.size[1] / groups);
+  p.forward.offsets = packed_offsets(args, op, offsets, in.tokens);
+  const int64_t sequences = p.forward.sequences = offsets.size[0] - 1;
+  p.forward.chunk = chunk;
+  p.forward.starts =
+      args.dense<float>("starts", starts, {ssd_chunks(in.tokens, sequences, chunk), in.heads, in.states, in.width});
+  p.dy = args.dense("dy", dy, in.dtype, {in.tokens, in.heads * in.width});
+  p.dfinal = args.optional<float>("dfinal", dfinal, {sequences, in.heads, in.states, in.width});
+  p.dx = args.dense("dx", dx, in.dtype, {in.tokens, in.heads * in.width});
+  p.ddt = args.dense("ddt", ddt, in.dtype, {in.tokens, in.heads});
+  p.db = args.dense<float>("db", db, {in.tokens, in.heads * in.states});
+  p.dc = args.dense<float>("dc", dc, {in.tokens, in.heads * in.states});
+  p.dinitial = args.optional<float>("dinitial", dinitial, {sequences, in.heads, in.states, in.width});
+  p.sums = args.dense<float>("sums", sums, {3, sequences, in.heads});
+  p.workers = work.size[0];
+  const int64_t longest = chunk < in.tokens ? chunk : in.tokens;  // no chunk has more tokens
+  p.work_size = ssd_work_size(in.states, in.width, longest);
+  p.work = args.dense<float>("work", work, {p.workers, p.work_size});
+  if (p.workers < 1 && sequences > 0) fail(op, ": work must have at least one row, got shape ", shape_text(work.size, 2));
+  launch(args, stream, p, ssd_scan_backward_cpu, CUDA_TWIN(ssd_scan_backward_cuda));
+}
+
+void ssd_step(const Tensor& x, const Tensor& dt, const Tensor& b, const Tensor& c, const Tensor& state,
+              const Tensor& row, const Tensor& position, const Tensor& a_log, const Tensor& d, const Tensor& dt_bias,
+              const Tensor& out, uintptr_t stream) {
+  Args args("ssd_step", x);
+  SsdStepParams p{};
+  if (state.ndim != 4 || state.size[1] < 1 || state.size[2] < 1 || state.size[3] < 1)
+    fail("ssd_step: state must have shape [S,H,N,P], got ", shape_text(state.size, state.ndim));
+  const int64_t heads = state.size[1], states = state.size[2], width = state.size[3];
+  const int64_t columns = b.ndim == 2 ? b.size[1] : 0, groups = columns / states;
+  if (groups < 1 || columns % states || heads % groups)
+    fail("ssd_step: b must have shape [R,G*", states, "] with G a divisor of the ", heads, " heads of state, got ",
+         shape_text(b.size, b.ndim));
+  args.dense<float>("a_log", a_log, {heads});
+  p.in = ssd_inputs(args, "ssd_step", x, dt, b, c, a_log, d, dt_bias, groups, states);
+  p.slots = state.size[0];
+  p.state = args.dense<float>("state", state, {p.slots, heads, states, width});
+  activation_rows(args, "ssd_step", "x", x, p.in.dtype, p.in.tokens, heads * width);
+  p.row = args.dense<int64_t>("row", row, {p.in.tokens});
+  p.position = args.dense<int64_t>("position", position, {p.in.tokens});
+  p.y = args.dense("out", out, p.in.dtype, {p.in.tokens, heads * width});
+  launch(args, stream, p, ssd_step_cpu, CUDA_TWIN(ssd_step_cuda));
 }
 
 }  // namespace
@@ -813,6 +919,19 @@ PYBIND11_MODULE(_C, m) {
 
   m.def("swiglu", &swiglu, py::arg("gate_up"), py::arg("out"), py::arg("stream"));
   m.def("swiglu_backward", &swiglu_backward, py::arg("gate_up"), py::arg("dout"), py::arg("dgate_up"),
+        py::arg("stream"));
+
+  m.def("ssd_chunks", &ssd_chunks, py::arg("tokens"), py::arg("sequences"), py::arg("chunk"));
+  m.def("ssd_work_size", &ssd_work_size, py::arg("states"), py::arg("width"), py::arg("chunk"));
+  m.def("ssd_scan", &ssd_scan, py::arg("x"), py::arg("dt"), py::arg("b"), py::arg("c"), py::arg("a_log"), py::arg("d"),
+        py::arg("dt_bias"), py::arg("offsets"), py::arg("initial"), py::arg("y"), py::arg("final"), py::arg("starts"),
+        py::arg("groups"), py::arg("chunk"), py::arg("stream"));
+  m.def("ssd_scan_backward", &ssd_scan_backward, py::arg("x"), py::arg("dt"), py::arg("b"), py::arg("c"),
+        py::arg("a_log"), py::arg("d"), py::arg("dt_bias"), py::arg("offsets"), py::arg("starts"), py::arg("dy"),
+        py::arg("dfinal"), py::arg("dx"), py::arg("ddt"), py::arg("db"), py::arg("dc"), py::arg("dinitial"),
+        py::arg("sums"), py::arg("work"), py::arg("groups"), py::arg("chunk"), py::arg("stream"));
+  m.def("ssd_step", &ssd_step, py::arg("x"), py::arg("dt"), py::arg("b"), py::arg("c"), py::arg("state"),
+        py::arg("row"), py::arg("position"), py::arg("a_log"), py::arg("d"), py::arg("dt_bias"), py::arg("out"),
         py::arg("stream"));
 
   m.def("linear", &linear, py::arg("x"), py::arg("w"), py::arg("bias"), py::arg("out"), py::arg("stream"));

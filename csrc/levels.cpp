@@ -10,6 +10,7 @@
 #include "rotary.h"
 #include "row_kernels.h"
 #include "selective_scan.h"
+#include "ssd.h"
 #include "swiglu.h"
 
 // The files of PYMATHRL_LEVEL_OPS (CMakeLists.txt) are compiled once per processor level, each into the namespace of its
@@ -86,6 +87,9 @@ BY_LEVEL(rotary_cpu, RotaryParams)
 BY_LEVEL(rotary_backward_cpu, RotaryGradParams)
 BY_LEVEL(selective_scan_cpu, SelectiveScanParams)
 BY_LEVEL(selective_scan_backward_cpu, SelectiveScanGradParams)
+BY_LEVEL(ssd_scan_cpu, SsdScanParams)
+BY_LEVEL(ssd_scan_backward_cpu, SsdGradParams)
+BY_LEVEL(ssd_step_cpu, SsdStepParams)
 BY_LEVEL(swiglu_cpu, SwigluParams)
 BY_LEVEL(swiglu_backward_cpu, SwigluGradParams)
 

@@ -120,4 +120,18 @@ def selective_scan_backward(
 def mamba_step(
     proj: Tensor, dt: Tensor, conv_state: Tensor, ssm_state: Tensor, row: Tensor, position: Tensor, weight: Tensor,
     bias: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, out: Tensor, stream: int,
+def ssd_chunks(tokens: int, sequences: int, chunk: int) -> int: ...
+def ssd_work_size(states: int, width: int, chunk: int) -> int: ...
+def ssd_scan(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, offsets: Tensor,
+    initial: Tensor | None, y: Tensor, final: Tensor, starts: Tensor | None, groups: int, chunk: int, stream: int,
+) -> None: ...
+def ssd_scan_backward(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, a_log: Tensor, d: Tensor, dt_bias: Tensor, offsets: Tensor,
+    starts: Tensor, dy: Tensor, dfinal: Tensor | None, dx: Tensor, ddt: Tensor, db: Tensor, dc: Tensor,
+    dinitial: Tensor | None, sums: Tensor, work: Tensor, groups: int, chunk: int, stream: int,
+) -> None: ...
+def ssd_step(
+    x: Tensor, dt: Tensor, b: Tensor, c: Tensor, state: Tensor, row: Tensor, position: Tensor, a_log: Tensor,
+    d: Tensor, dt_bias: Tensor, out: Tensor, stream: int,
 ) -> None: ...

@@ -25,6 +25,7 @@ from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes
 from pymathrl.ops.selective_scan import selective_scan
 from pymathrl.ops.soft_embed import soft_embed
+from pymathrl.ops.ssd import ssd_scan, ssd_step
 from pymathrl.ops.swiglu import swiglu, swiglu_out
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -153,6 +154,25 @@ def run_swiglu(device: str) -> None:
             swiglu_out(gate_up.detach(), torch.empty(ROWS, width, dtype=dtype, device=device))
 
 
+def run_ssd(device: str) -> None:
+    offsets = torch.tensor([0, 1, 1, 68, 97]).to(device)
+    for heads, width, groups, states in ((4, 5, 2, 7), (2, 33, 1, 20), (3, 16, 3, 64), (1, 8, 1, 65), (2, 70, 1, 200)):
+        weights = torch.rand(3, heads).to(device).requires_grad_()
+        initial = torch.randn(4, heads, states, width).to(device).requires_grad_()
+        for dtype in activations(device):
+            sizes = (heads * width, heads, groups * states, groups * states)
+            joined = torch.randn(99, sum(sizes)).to(device, dtype).requires_grad_()
+            tokens = joined.split(sizes, 1)
+            for chunk in (16, 256):
+                y, final = ssd_scan(
+                    *tokens, *weights, offsets, groups=groups, initial=initial, chunk=chunk, return_final=True
+                )
+                (y.float().sum() + final.sum()).backward()
+            row = torch.tensor([0] * 90 + [-1, 3, 1, 1, 1, -1, -1, 2, 2]).to(device)
+            state = initial.detach().clone()
+            ssd_step(*(t.detach() for t in tokens), state, row, torch.arange(99).to(device), *weights.detach())
+
+
 def run_linear(device: str) -> None:
     x, w, bias = torch.randn(67, 45).to(device), torch.randn(129, 37).to(device), torch.randn(129).to(device)
     linear(x[:, :37].contiguous().requires_grad_(), w, bias, exact=True).sum().backward()
@@ -224,6 +244,7 @@ RUNS: dict[str, Callable[[str], None]] = {  # one per op of CMakeLists.txt
     "causal_conv1d": run_causal_conv1d,
     "selective_scan": run_selective_scan,
     "mamba_step": run_mamba_step,
+    "ssd": run_ssd,
 }
 
 

@@ -42,13 +42,15 @@ def accepts(kernel: torch.Tensor, ref32: torch.Tensor, ref64: torch.Tensor, floo
     )
 
 
-def assert_accurate(kernel: torch.Tensor, ref32: torch.Tensor, ref64: torch.Tensor, what: str = "") -> None:
+def assert_accurate(
+    kernel: torch.Tensor, ref32: torch.Tensor, ref64: torch.Tensor, what: str = "", floor: float = FLOOR
+) -> None:
     kernel, ref32, ref64 = kernel.detach().cpu(), ref32.detach().cpu(), ref64.detach().cpu()
     errors = " ".join(
         f"{name} {error(kernel, ref64):.3e} (fp32 reference {error(ref32, ref64):.3e})"
         for name, error in (("L2", relative_l2), ("max", relative_max))
     )
-    assert accepts(kernel, ref32, ref64), f"{what}: {errors}"
+    assert accepts(kernel, ref32, ref64, floor), f"{what}: {errors}"
 
 
 def support_mask_(logits: torch.Tensor, support: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,7 @@ from pymathrl.ops.rotary import rotary, rotary_ref
 from pymathrl.ops.sample_token import SampleToken, sample_token, sample_token_ref
 from pymathrl.ops.selective_scan import selective_scan, selective_scan_ref
 from pymathrl.ops.soft_embed import SoftEmbed, soft_embed, soft_embed_backward, soft_embed_ref
+from pymathrl.ops.ssd import ssd_scan, ssd_scan_ref, ssd_step, ssd_step_ref
 from pymathrl.ops.swiglu import swiglu, swiglu_out, swiglu_ref
 from pymathrl.ops.token_logprob import (
     TokenLogprob,
@@ -76,6 +77,10 @@ __all__ = [
     "soft_embed",
     "soft_embed_backward",
     "soft_embed_ref",
+    "ssd_scan",
+    "ssd_scan_ref",
+    "ssd_step",
+    "ssd_step_ref",
     "swiglu",
     "swiglu_out",
     "swiglu_ref",

@@ -20,6 +20,7 @@ from pymathrl.ops.rotary import rotary
 from pymathrl.ops.sample_token import sample_token, support_bytes, support_unpack
 from pymathrl.ops.selective_scan import selective_scan
 from pymathrl.ops.soft_embed import soft_embed
+from pymathrl.ops.ssd import ssd_scan, ssd_step
 from pymathrl.ops.swiglu import swiglu
 from pymathrl.ops.token_logprob import token_logprob, token_logprob_backward_
 
@@ -53,7 +54,8 @@ def digest() -> str:
                 results += [x for name, x in mixed._asdict().items() if name != "inputs"]
             for x in results:
                 h.update(x.numpy().tobytes())
-    for results in (*layer_parts(generator), *heads(generator), *attentions(generator), *mamba(generator)):
+    parts = (layer_parts, heads, attentions, mamba, scans)
+    for results in (result for part in parts for result in part(generator)):
         for x in results:
             h.update(x.detach().numpy().tobytes())
     return h.hexdigest()
@@ -130,6 +132,21 @@ def mamba(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
             windows, states_of = initial.clone(), state.clone()
             vectors = (weight, bias, a_log, dt_bias, bias)
             yield [mamba_step(proj, rows[1], windows, states_of, row, position, *vectors), windows, states_of]
+
+
+def scans(generator: torch.Generator) -> Iterator[list[torch.Tensor]]:
+    for heads, width, groups, states in ((4, 5, 2, 7), (2, 64, 1, 20), (2, 70, 2, 128)):
+        x, dt, b, c = (
+            torch.randn(99, n, generator=generator) for n in (heads * width, heads, groups * states, groups * states)
+        )
+        weights, state = torch.rand(3, heads, generator=generator), torch.ones(3, heads, states, width)
+        offsets, row = torch.tensor([0, 67, 67, 98]), torch.tensor([0] * 50 + [1, -1] + [2] * 47)
+        yield with_gradients(
+            lambda *t: ssd_scan(*t[:-1], offsets, groups=groups, initial=t[-1], chunk=70, return_final=True),  # noqa: B023  # called here
+            x, dt, b, c, *weights.clone(), state,
+        )  # fmt: skip
+        state = state.detach().clone()
+        yield [ssd_step(*(t.detach() for t in (x, dt, b, c)), state, row, torch.arange(99), *weights), state]
 
 
 @pytest.mark.skipif(len(LEVELS) == 1, reason="this processor has one level only: nothing to compare")
