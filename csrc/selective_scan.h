@@ -63,6 +63,7 @@ template <class F>
 HD F scan_token(F* h, const F* a, const float* b, const float* c, int64_t states, F u, F delta, F d) {
   const F added = delta * u;
   F y = d * u;
+  UNROLL
   for (int64_t n = 0; n < states; ++n) {
     h[n] = next_state(h[n], exp_row(delta * a[n]), added, b[n]);
     y += h[n] * c[n];
