@@ -15,11 +15,6 @@ template <class Part> void for_sources(const CausalConv1dParams& p, Part part) {
     for_parts(p.group, [&](int64_t i, int64_t count) __attribute__((always_inline)) { part(start + i, count); });
 }
 
-// Row j of [B,W-1,X], counted from the sequence's first token: j is negative.
-int64_t before_at(const CausalConv1dParams& p, int64_t sequence, int64_t j) {
-  return ((sequence + 1) * (p.width - 1) + j) * p.sources;
-}
-
 // The input of token j, which may lie before the sequence.
 HD f32x16 input_at(const CausalConv1dParams& p, const Tile& tile, int64_t j, int64_t s, int64_t count) {
   if (j >= tile.start) return load_some(static_cast<const float*>(p.x) + j * p.x_stride + s, count);

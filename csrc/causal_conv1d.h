@@ -55,6 +55,11 @@ HD int64_t copy_channel(int64_t s, int64_t group, int64_t copies, int64_t copy) 
 
 HD int64_t group_start(int64_t channel, int64_t group) { return channel / group * group; }
 
+// Where the input of position j, counted from the first token of the sequence and negative, stands in [B,W-1,X].
+HD int64_t before_at(const CausalConv1dParams& p, int64_t sequence, int64_t j) {
+  return ((sequence + 1) * (p.width - 1) + j) * p.sources;
+}
+
 // The taps of a channel and the inputs under them, oldest first. F: float or f32x16.
 template <class F, int W> struct ConvTaps {
   F weight[W], bias;

@@ -46,7 +46,7 @@ HD void run_lanes(const MambaStepParams& p, const Run& run, const f32x16* a, con
   ConvWindow<f32x16, W> window;
   for (int k = 0; k < W; ++k)
     window.x[k] = k && inputs ? load_some(inputs + (k - 1) * p.sources + s, count) : splat(0.0f);
-  f32x16 h[kMaxStates];
+  f32x16 h[kStateRows];
   const int64_t size = p.states * p.channels;
   load_states(states_before(p, run, p.ssm_state, size), p.channels, p.states, channel, count, h);
   const f32x16 d = load_some(p.d + channel, count), bias = load_some(p.dt_bias + channel, count);
@@ -85,7 +85,7 @@ template <int W> void step_group(const MambaStepParams& p, int64_t group, int64_
     const int64_t s = group * p.states + i;
     for (int64_t copy = 0; copy < copies; ++copy) {
       const int64_t channel = copy_channel(s, p.states, copies, copy);
-      f32x16 a[kMaxStates];
+      f32x16 a[kStateRows];
       load_decay(p.a_log, p.states, channel, count, a);
       const auto taps = load_taps<W>(p.weight, p.bias, channel, count);
       for_runs(p, begin, end, [&](const Run& run) __attribute__((always_inline)) {

@@ -6,8 +6,10 @@
 
 #ifdef __CUDACC__
 #define HD __host__ __device__ __forceinline__
+#define UNROLL _Pragma("unroll")  // before a loop over an array that must stay in registers
 #else
 #define HD inline __attribute__((always_inline))
+#define UNROLL
 #endif
 
 // Row kernels are compiled once per x86-64 level and chosen when the module loads: one wheel runs everywhere. The
