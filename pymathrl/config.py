@@ -30,7 +30,9 @@ from pymathrl.tasks import OPTION_HELP, TASK_HELP, convert_option, task_options
 class TrainConfig:
     """The options of every run. See `--help` for meaning and unit of each."""
 
-    model: str = option("builtin:tiny", "a folder in the Hugging Face layout, a hub name (org/name), or builtin:tiny")
+    model: str = option(
+        "builtin:tiny", "a folder in the Hugging Face layout, a hub name (org/name), builtin:tiny, or builtin:tiny-m1"
+    )  # fmt: skip
     task: str = option("countdown", TASK_HELP)
     steps: int = at_least(0, 200, "rollout-and-update steps")
     out: str | None = option(None, "run directory, made if absent [runs/ALGO-TASK-seedS]")
@@ -123,14 +125,13 @@ class TrainConfig:
         return self.steps * self.epochs * self.minibatches
 
 
-# The built-in model is small and trained from nothing: it bears, and needs, a larger learning rate than a language
+# The built-in models are small and trained from nothing: they bear, and need, a larger learning rate than a language
 # model does.
-PRESETS: dict[str, dict[str, Any]] = {
-    "builtin:tiny": {
-        "steps": 60, "lr": 4e-4, "prompts_per_step": 64, "max_new_tokens": 64, "minibatches": 2, "eval_every": 20,
-        "max_prompt_tokens": 64, "checkpoint_every": 20,
-    },
+TINY: dict[str, Any] = {
+    "steps": 60, "lr": 4e-4, "prompts_per_step": 64, "max_new_tokens": 64, "minibatches": 2, "eval_every": 20,
+    "max_prompt_tokens": 64, "checkpoint_every": 20,
 }  # fmt: skip
+PRESETS = {"builtin:tiny": TINY, "builtin:tiny-m1": TINY}
 
 
 @dataclass(frozen=True)

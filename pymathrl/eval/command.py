@@ -63,7 +63,7 @@ def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--model", required=True, action="append", help="a folder in the Hugging Face layout (a checkpoint), a hub "
-        "name, or builtin:tiny; several: again, or comma-separated, compared with the first")  # fmt: skip
+        "name, or builtin:tiny, builtin:tiny-m1; several: again, or by commas, compared with the first")  # fmt: skip
     add("--task", action="append", help=f"{TASK_HELP}; several: again, or comma-separated [countdown]")
     add("--split", help="of a file: all rows, or held-out: the eighth that no training of this package ever sees [all]")
     add("--problems", type=int, help="held-out problems [1024 generated ones, or every row of a file]")

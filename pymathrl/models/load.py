@@ -27,7 +27,7 @@ from pymathrl.models.decoder import Decoder
 from pymathrl.models.tokenizer import TEMPLATE_FILE, TEMPLATE_FOLDER, Tokenizer
 from pymathrl.ops._call import use_reference
 
-BUILTIN = {"builtin:tiny": "tiny"}  # model name -> folder of pymathrl/assets
+BUILTIN = {"builtin:tiny": "tiny", "builtin:tiny-m1": "tiny-m1"}  # model name -> folder of pymathrl/assets
 STYLES = ("compact", "plain", "chat")
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ def new_policy(config: ModelConfig, tokenizer: Tokenizer, prompt_style: str = "c
 
 
 def load(path: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> Policy:
-    """path: a folder, "builtin:tiny", or a model's name on the Hugging Face hub (org/name).
+    """path: a folder, a name of BUILTIN, or a model's name on the Hugging Face hub (org/name).
 
     dtype of the weights: fp32 on a CPU and bf16 on a GPU where not given; on a CPU the kernels take no other.
     """

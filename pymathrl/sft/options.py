@@ -151,10 +151,11 @@ PAPER = {  # what the paper of a mode trains with (M1, arXiv 2504.10449, section
 }
 # By mode: worked solutions are what the built-in model was made of, and at 1e-4 they move it more than they teach it.
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
-    "builtin:tiny": {
+    name: {
         "sft": {**TINY, "lr": 3e-5}, "cft": {**TINY, "lr": 3e-5}, "rft": {**TINY, "lr": 4e-4, "problems": 512},
-        "distill": {**TINY, "lr": 2e-3, "warmup_steps": 20},
-    },
+        "distill": {**TINY, "lr": 4e-3, "warmup_steps": 20, "weight_decay": 0.01},
+    }
+    for name in ("builtin:tiny", "builtin:tiny-m1")
 }  # fmt: skip
 
 
