@@ -271,9 +271,7 @@ def test_stopped_and_started_again_no_time_is_measured_twice(tmp_path, monkeypat
     with monkeypatch.context() as patch:
         asked = fake_clock(patch, stop_at=9)
         assert main(argv) == 130
-    assert asked == [8, 1, 2, 4, 8, 3, 5, 6, 8], (
-        "warm-up; doubling; what the budgets ask for; next task"
-    )
+    assert asked == [8, 1, 2, 4, 8, 3, 5, 6, 8], "warm-up; doubling; what the budgets ask for; next task"
     capsys.readouterr()
     asked = fake_clock(monkeypatch)
     assert main([*argv, "--budget-s", "5,3"]) == 0
