@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import time
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from pymathrl import devices
 
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}  # one direction of the ceiling's copy: far larger than any cache
 FLUSH_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}  # written between cold calls; also hides the launch from the timer
@@ -54,10 +55,7 @@ class Bench:
 
     def __init__(self, op: str, device: str, quick: bool = False) -> None:
         self.op, self.device, self.quick = op, device, quick
-        if device == "cuda":
-            self.machine = torch.cuda.get_device_name()
-        else:
-            self.machine = f"{_processor()}, {torch.get_num_threads()} threads"
+        self.machine = devices.machine(torch.device(device))
         self._flush = torch.empty(FLUSH_BYTES[device], dtype=torch.uint8, device=device)
         self._source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
         self._target = torch.empty_like(self._source)
@@ -155,15 +153,6 @@ def require(error: float, limit: float, what: str) -> float:
 def _summary(samples: list[float]) -> Timing:
     cuts = statistics.quantiles(samples, n=5, method="inclusive")
     return Timing(statistics.median(samples), cuts[0], cuts[3])
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -2,7 +2,8 @@
 
 Every number has a 95 % interval over problems; two models or more are compared in pairs, on the same problems and the
 same random numbers. With --out DIR the samples are kept as they come: the same command goes on where it was stopped,
-and ends with the same numbers; DIR holds summary.json, table.md, plots.png and samples/*.jsonl.
+and ends with the same numbers; DIR holds summary.json, table.md, plots.png, samples/*.jsonl and the times of
+--budget-s, which compares models at equal time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,7 @@ import pymathrl
 from pymathrl import devices
 from pymathrl.config import add_task_options
 from pymathrl.errors import UserError
+from pymathrl.eval.budget import Timing, search, time_batch
 from pymathrl.eval.compare import Comparison, compare
 from pymathrl.eval.plot import draw
 from pymathrl.eval.record import Sample, record
@@ -33,7 +35,7 @@ from pymathrl.eval.sample import EVAL_STREAM, encode_all
 from pymathrl.eval.store import Store, open_store
 from pymathrl.eval.stream import stream
 from pymathrl.eval.summary import Summary, summarize, verifier_of
-from pymathrl.eval.table import comparison_rows, markdown, plain_table, score_rows, short_names
+from pymathrl.eval.table import budget_rows, comparison_rows, markdown, plain_table, score_rows, short_names
 from pymathrl.files import explain_os_errors, write_atomic
 from pymathrl.log import show_time, to_json
 from pymathrl.metrics import TIES, token_budgets
@@ -70,6 +72,11 @@ def _parser(task_defaults: dict[str, Any]) -> argparse.ArgumentParser:
     add("--n", type=int, default=64, help="responses sampled per problem [64]")
     add("--k", default="1,8,64",
         help="the k of pass@k and maj@k, comma-separated; those above --n are left out [1,8,64]")  # fmt: skip
+    add("--budget-s", metavar="S[,S...]", help="votes at equal time: for each budget of seconds the vote of the most "
+        "samples per problem, up to --n, whose generation fits it. A budget is for all problems of a task together. "
+        "Batches of 1, 2, 4, ... samples per problem, and those between that the budgets ask for, are drawn and timed "
+        "by themselves, without grading, after an untimed one that fills the --rows; nothing is extrapolated. In all "
+        "this takes some 5 to 8 times the largest budget, beside the evaluation")  # fmt: skip
     add("--ties", default=TIES[0], choices=TIES, help="which of several largest groups of answers wins a vote: a share "
         "each, the first, the one with the likeliest or the shortest response [expected]")  # fmt: skip
     add("--temperature", type=float, default=1.0, help="sampling temperature; 0 = greedy [1.0]")
@@ -102,8 +109,8 @@ def _names(given: Sequence[str], what: str) -> list[str]:
     return names
 
 
-def _check(args: argparse.Namespace) -> list[int]:
-    """Bounds of the options; the k that are asked for."""
+def _check(args: argparse.Namespace) -> tuple[list[int], list[float]]:
+    """Bounds of the options; the k and the budgets in seconds that are asked for."""
     for name, low in (("n", 1), ("rows", 1), ("max_prompt_tokens", 1), ("seed", 0), ("threads", 0), ("top_k", 0)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')}: expected at least {low}, got {getattr(args, name)}")
@@ -124,7 +131,23 @@ def _check(args: argparse.Namespace) -> list[int]:
     ks = [k for k in wanted if k <= args.n]
     if not ks:
         raise UserError(f"--k: expected a k of at most --n {args.n}, got {args.k!r}")
-    return ks
+    return ks, _check_budgets(args)
+
+
+def _check_budgets(args: argparse.Namespace) -> list[float]:
+    if args.budget_s is None:
+        return []
+    try:
+        budgets = sorted({float(budget) for budget in args.budget_s.split(",")})
+    except ValueError:
+        budgets = [math.nan]
+    if not all(0 < budget < math.inf for budget in budgets):
+        raise UserError(f"--budget-s: expected seconds above 0 like 5,20,80, got {args.budget_s!r}")
+    if args.n < 2:
+        raise UserError(f"--budget-s: a vote needs samples, expected --n of at least 2, got {args.n}")
+    if args.temperature == 0:
+        raise UserError("--budget-s: greedy samples are all the same, expected --temperature above 0, got 0")
+    return budgets
 
 
 def _note(text: str) -> None:
@@ -161,7 +184,7 @@ def _run(argv: Sequence[str] | None) -> int:
     task_names = _names(first.parse_known_args(argv)[0].task or ["countdown"], "--task")
     defaults = {k: v for name in task_names for k, v in task_options(name).items() if k != "split"}  # --split says it
     args = _parser(defaults).parse_args(argv)
-    ks = _check(args)
+    ks, budgets_s = _check(args)
     models = _names(args.model, "--model")
     device = devices.resolve(args.device)
     dtype = devices.weight_dtype(args.dtype, device)
@@ -191,7 +214,7 @@ def _run(argv: Sequence[str] | None) -> int:
                         "options": options, "problems": len(problems[name]), "questions": _digest(problems[name]),
                         "verifier": verifier_of(task, problems[name]),
                     })  # fmt: skip
-                outcomes.append(_evaluate(engine, model, name, task, problems[name], args, ks, limit, store))
+                outcomes.append(_evaluate(engine, model, name, task, problems[name], args, ks, budgets_s, limit, store))
             del policy, engine
             if model != models[-1]:  # two models at a time may not fit
                 gc.collect()
@@ -199,7 +222,7 @@ def _run(argv: Sequence[str] | None) -> int:
                     torch.cuda.empty_cache()
         comparisons = _compare([o.summary for o in outcomes], models[0])
         settings = {k: v for k, v in vars(args).items() if k not in ("json", "out") and not k.startswith("task")}
-        settings |= {"model": models, "task": task_names, "k": ks}
+        settings |= {"model": models, "task": task_names, "k": ks, "budget_s": budgets_s or None}
         for _, options in tasks.values():
             settings |= {f"task_{k}": v for k, v in options.items()}
         _print(args, outcomes, comparisons, models)
@@ -212,7 +235,7 @@ def _run(argv: Sequence[str] | None) -> int:
 
 def _evaluate(
     engine: Engine, model: str, name: str, task: Task, problems: Sequence[Problem], args: argparse.Namespace,
-    ks: Sequence[int], limit: int, store: Store | None,
+    ks: Sequence[int], budgets_s: Sequence[float], limit: int, store: Store | None,
 ) -> Outcome:  # fmt: skip
     begin = time.perf_counter()
     prompts = encode_all(engine.policy, task, problems, args.max_prompt_tokens)
@@ -230,10 +253,13 @@ def _evaluate(
     rows = [done[uid] for uid in uids]
     if store is not None:
         store.rewrite(model, name, [s for row in rows for s in row])
+    seconds = time.perf_counter() - begin
+    timings = _time(engine, model, name, task, prompts, draws, budgets_s, store) if budgets_s else []
     summary = summarize(
-        model, name, task, prompts.problems, rows, ks=ks, budgets=budgets, ties=args.ties, left_out=prompts.too_long
-    )
-    return Outcome(summary, list(prompts.problems), rows, tokens, time.perf_counter() - begin)
+        model, name, task, prompts.problems, rows, ks=ks, budgets=budgets, ties=args.ties, left_out=prompts.too_long,
+        timings=timings, budgets_s=budgets_s,
+    )  # fmt: skip
+    return Outcome(summary, list(prompts.problems), rows, tokens, seconds)
 
 
 def _sample(
@@ -275,6 +301,38 @@ def _sample(
         keep(grading())
     progress.end()
     return tokens
+
+
+def _time(
+    engine: Engine, model: str, name: str, task: Task, prompts: Prompts, draws: Draws, budgets_s: Sequence[float],
+    store: Store | None,
+) -> list[Timing]:  # fmt: skip
+    """The measured batches that say how many samples fit the budgets; those of an earlier session, on the same machine
+    and with as many rows, are not measured again."""
+    conditions = {"machine": devices.machine(engine.device), "rows": engine.max_batch}
+    known = [] if store is None else store.read_times(model, name, conditions)
+    if known:
+        _note(f"{model} on {name}: the times of {', '.join(str(t.samples) for t in known)} samples are there already")
+    problems = len(prompts.problems)
+    warm = False
+
+    def batch(samples: int, what: str) -> Timing:
+        progress = Progress(f"{model} on {name}, {what}: {samples} per problem", problems, 0, samples)
+        timing = time_batch(engine, prompts, replace(draws, samples=samples), stop_strings(task), progress.update)
+        progress.end()
+        return timing
+
+    def measure(samples: int) -> Timing:
+        nonlocal warm
+        if not warm:  # caches grow, and a GPU's graphs are captured, for every number of rows down from the most
+            batch(min(-(-engine.max_batch // problems), draws.samples), "warm-up")
+            warm = True
+        timing = batch(samples, "timed")
+        if store is not None:
+            store.add_time(model, name, timing, conditions)
+        return timing
+
+    return search(measure, budgets_s, draws.samples, known)
 
 
 class Progress:
@@ -355,6 +413,8 @@ def _print(
             f"temperature {args.temperature:g}{speed}{left_out}"
         )
     print(f"\n{plain_table(score_rows([o.summary for o in outcomes], True))}")
+    if args.budget_s is not None:
+        print(f"\n{plain_table(budget_rows([o.summary for o in outcomes]))}")
     if comparisons:
         print(f"\n{plain_table(comparison_rows(comparisons, short_names(models), True))}")
 
@@ -395,7 +455,8 @@ def _record(settings: dict[str, Any], outcomes: Sequence[Outcome]) -> dict[str, 
             rows.append({"question": problem.question, "answer": problem.answer, "responses": responses})
         evaluations.append({
             "model": o.summary.model, "task": o.summary.task, "metrics": o.summary.metrics,
-            "tokens": sum(s.n_tokens for row in o.samples for s in row), "seconds": o.seconds, "problems": rows,
+            "tokens": sum(s.n_tokens for row in o.samples for s in row), "seconds": o.seconds,
+            **o.summary.time_record(), "problems": rows,
         })  # fmt: skip
     if len(evaluations) == 1:
         return {"settings": settings, **evaluations[0]}

@@ -32,11 +32,12 @@ def draw(summaries: Sequence[Summary]) -> bytes:
     models = short_names([*dict.fromkeys(s.model for s in summaries)])
     tasks = short_names([*dict.fromkeys(s.task for s in summaries)])
     height = 2.6 + 0.35 * len(models)
+    timed = bool(summaries[0].budgets_s)
     figure = Figure(
-        figsize=(17, 0.9 + max(3.4, height) * len(tasks)), dpi=110,
+        figsize=(21 if timed else 17, 0.9 + max(3.4, height) * len(tasks)), dpi=110,
         layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.12),
     )  # fmt: skip
-    axes = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=(1, 1, 1, 1))
+    axes = figure.subplots(len(tasks), 5 if timed else 4, squeeze=False)
     for row, (task, task_name) in zip(axes, tasks.items(), strict=True):
         some = [s for s in summaries if s.task == task]
         styles = [(COLOURS[i % 6], MARKERS[i % 6]) for i, m in enumerate(models) if m in {s.model for s in some}]
@@ -45,6 +46,9 @@ def draw(summaries: Sequence[Summary]) -> bytes:
         _curves(row[1], some, styles, ("within", "stated"), "token budget", "correct within a token budget")
         _lengths(row[2], some, [models[s.model] for s in some])
         _outcomes(row[3], some, [models[s.model] for s in some])
+        if timed:
+            about = ("seconds of generation, all problems", "majority vote under a time budget")
+            _curves(row[4], some, styles, ("seconds",), *about, ticks=some[0].budgets_s)
     handles = [
         Line2D([], [], color=COLOURS[i % 6], marker=MARKERS[i % 6], lw=1.8, label=_shorten(name, LEGEND_WIDTH))
         for i, name in enumerate(models.values())
@@ -71,14 +75,15 @@ def _dress(ax: Axes, title: str, x: str) -> None:
 
 
 def _curves(
-    ax: Axes, summaries: Sequence[Summary], styles: Sequence[tuple[str, str]], names: tuple[str, str], x: str,
-    title: str,
+    ax: Axes, summaries: Sequence[Summary], styles: Sequence[tuple[str, str]], names: Sequence[str], x: str,
+    title: str, ticks: Sequence[float] = (),
 ) -> None:  # fmt: skip
-    """The first curve solid with a band, the second dashed."""
-    labels = {"pass@k": "pass@k", "maj@k": "maj@k", "within": "ended", "stated": "answer stated"}
+    """The first curve solid with a band, the second dashed. ticks: of x; none: where the points are."""
+    labels = {"pass@k": "pass@k", "maj@k": "maj@k", "within": "ended", "stated": "answer stated", "seconds": "maj@n"}
+    lines = dict(zip(names, ("-", "--"), strict=False))
     xs: set[float] = set()
     for place, (summary, (colour, marker)) in enumerate(zip(summaries, styles, strict=True)):
-        for name, line in zip(names, ("-", "--"), strict=True):
+        for name, line in lines.items():
             points: list[Point] = summary.curves[name]
             if not points:
                 continue
@@ -93,20 +98,17 @@ def _curves(
             elif line == "-":
                 ax.fill_between(at, low, high, color=colour, alpha=0.13, lw=0)
     ax.set_xscale("log", base=2)
-    ticks = sorted(xs)
-    if len(ticks) == 1:
-        ax.set_xlim(ticks[0] / 2, ticks[0] * 2)
+    if len(xs) == 1:
+        ax.set_xlim(min(xs) / 2, max(xs) * 2)
+    ticks = ticks or sorted(xs)
     ax.set_xticks(ticks[:: -(-len(ticks) // 8)])
     ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
     ax.set_ylim(bottom=0)
     _dress(ax, title, x)
-    lines = [
-        Line2D([], [], color="black", ls=line, lw=1.4, label=labels[name])
-        for name, line in zip(names, ("-", "--"), strict=True)
-    ]
-    ax.legend(handles=lines, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8.5, frameon=False)
+    handles = [Line2D([], [], color="black", ls=line, lw=1.4, label=labels[name]) for name, line in lines.items()]
+    ax.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2, fontsize=8.5, frameon=False)
 
 
 def _lengths(ax: Axes, summaries: Sequence[Summary], names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
     DIR/settings.json           how the samples are drawn, the models and the tasks; other settings are refused
     DIR/samples/NAME.jsonl      of each model on each task, a line per sample (fields: `record.Sample`, and set, model,
                                 seed); the lines of a problem are added together once all of its samples are there
+    DIR/times/NAME.jsonl        of --budget-s, a line per measured batch (fields: `budget.Timing`, and what it ran on)
     DIR/summary.json table.md plots.png    written at the end
 """
 
@@ -12,17 +13,20 @@ import fcntl
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from zlib import crc32
 
 from pymathrl.errors import UserError
+from pymathrl.eval.budget import Timing
 from pymathrl.eval.record import Sample
 from pymathrl.files import explain_os_errors, write_atomic
 
 FORMAT = 1
+Line = TypeVar("Line")
 
 
 class Store:
@@ -50,22 +54,9 @@ class Store:
 
     def read(self, model: str, task: str, problems: Sequence[int], samples: int) -> dict[int, list[Sample]]:
         """Of each problem (by uid) that is whole, its samples in order; what a stop left half written is dropped."""
-        path = self.path(model, task)
         found: dict[int, list[Sample]] = {}
-        if path.exists():
-            with explain_os_errors("read the samples", path):
-                lines = path.read_bytes().split(b"\n")
-            for number, line in enumerate(lines, start=1):
-                try:
-                    sample = Sample.read(json.loads(line)) if line else None
-                except (ValueError, KeyError, TypeError):
-                    if number == len(lines):  # the last line of a write that was cut short: it has no line end
-                        continue
-                    raise UserError(
-                        f"{path}, line {number}: not a sample of this version; move the folder away to start over"
-                    ) from None
-                if sample is not None:
-                    found.setdefault(sample.id, []).append(sample)
+        for sample in _read_lines(self.path(model, task), Sample.read, "a sample"):
+            found.setdefault(sample.id, []).append(sample)
         wanted = set(problems)
         return {
             uid: sorted(rows, key=lambda s: s.sample)
@@ -87,11 +78,28 @@ class Store:
         with explain_os_errors("write the samples", path):
             write_atomic(path, self._lines(model, task, samples))
 
-    def path(self, model: str, task: str) -> Path:
+    def read_times(self, model: str, task: str, conditions: Mapping[str, Any]) -> list[Timing]:
+        """The batches that were measured under these conditions; times of another machine say nothing of this one."""
+
+        def read(row: dict[str, Any]) -> Timing | None:
+            timing = Timing(*(row[f.name] for f in fields(Timing)))
+            return timing if conditions.items() <= row.items() else None
+
+        return [t for t in _read_lines(self.path(model, task, "times"), read, "a measured batch") if t is not None]
+
+    def add_time(self, model: str, task: str, timing: Timing, conditions: Mapping[str, Any]) -> None:
+        """Adds a measured batch."""
+        path = self.path(model, task, "times")
+        row = {"set": task, "model": model, **asdict(timing), **conditions}
+        with explain_os_errors("write the times", path):
+            before = path.read_bytes() if path.exists() else b""
+            write_atomic(path, before + json.dumps(row).encode() + b"\n")
+
+    def path(self, model: str, task: str, kind: str = "samples") -> Path:
         """A readable name, and a number that keeps names apart which differ in other characters."""
         clean = [re.sub(r"[^A-Za-z0-9._-]+", "-", name)[-40:].strip("-.") for name in (model, task)]
         number = crc32(json.dumps([model, task]).encode())
-        return self.folder / "samples" / f"{'--'.join(clean)}-{number:08x}.jsonl"
+        return self.folder / kind / f"{'--'.join(clean)}-{number:08x}.jsonl"
 
     def _lines(self, model: str, task: str, samples: Sequence[Sample]) -> bytes:
         seed = self.settings["sampling"]["all"]["seed"]
@@ -99,11 +107,32 @@ class Store:
         return "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in rows).encode()
 
 
+def _read_lines(path: Path, read: Callable[[dict[str, Any]], Line], what: str) -> list[Line]:
+    """What `read` makes of the objects in the lines of a file that may be missing; of a line that a stop cut short,
+    nothing. read: KeyError or TypeError where the object is not one of this version."""
+    if not path.exists():
+        return []
+    with explain_os_errors("read the evaluation", path):
+        lines = path.read_bytes().split(b"\n")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            if line:
+                found.append(read(json.loads(line)))
+        except (ValueError, KeyError, TypeError):
+            if number < len(lines):  # else the last line of a write that was cut short: it has no line end
+                raise UserError(
+                    f"{path}, line {number}: not {what} of this version; move the folder away to start over"
+                ) from None
+    return found
+
+
 @contextmanager
 def open_store(folder: Path) -> Iterator[Store]:
     """The store of a folder, which is made where it is missing; UserError where another process writes to it."""
     with explain_os_errors("write the evaluation", folder):
-        (folder / "samples").mkdir(parents=True, exist_ok=True)
+        for kind in ("samples", "times"):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115 - open as long as the store
     with lock:
         try:
@@ -121,6 +150,6 @@ def open_store(folder: Path) -> Iterator[Store]:
                 settings = {}
             if not isinstance(settings, dict) or settings.get("format") != FORMAT:
                 raise UserError(f"{path}: not the settings of an evaluation of this version; give another --out")
-        if not any(file.stat().st_size for file in (folder / "samples").iterdir()):
+        if not any(file.stat().st_size for file in folder.glob("*/*.jsonl")):
             settings = {"format": FORMAT}  # one that ended before its first sample binds nobody
         yield Store(folder, settings)

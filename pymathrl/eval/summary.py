@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import pymathrl
+from pymathrl.eval.budget import Timing, fitting, in_seconds
 from pymathrl.eval.record import Sample
 from pymathrl.metrics import (
     CHECK_QUESTIONS,
@@ -75,10 +76,12 @@ class Summary:
     """What is known of one model on one task.
 
     scores   numbers with intervals; plain: without.  Both in the order of the table
-    curves   pass@k and maj@k over k; within and stated, two accuracies over token budgets
+    curves   pass@k and maj@k over k; within and stated, two accuracies over token budgets; seconds: maj@n over the
+             measured time of n samples
     entropy  (first token, behind the last, mean) over the positions in the responses
     lengths  kind of response -> tokens of each.   outcomes: kind -> share of the responses; these add up to 1
     stages   stage of the verifier -> verdicts.   matrix: of MATHCHECK
+    timings  measured batches, see `budget`.   budgets_s: the budgets, in seconds
     ratios   with uids and correct (samples of each problem): what comparisons are made from, problem by problem
     """
 
@@ -96,6 +99,8 @@ class Summary:
     outcomes: dict[str, float]
     stages: dict[str, int]
     matrix: dict[str, dict[str, float]]
+    timings: list[Timing]
+    budgets_s: list[float]
     ratios: dict[str, Ratio] = field(repr=False)
     uids: list[int] = field(repr=False)
     correct: NDArray[np.int64] = field(repr=False)
@@ -119,25 +124,52 @@ class Summary:
             "left_out": self.left_out, "verifier": self.verifier, "metrics": self.metrics,
             "intervals": {name: [s.low, s.high] for name, s in self.scores.items()}, "curves": points,
             "entropy_by_position": [list(part) for part in self.entropy], "outcomes": self.outcomes,
-            "stages": self.stages, "mathcheck": self.matrix,
+            "stages": self.stages, "mathcheck": self.matrix, **self.time_record(),
         }  # fmt: skip
+
+    def speed(self, timing: Timing) -> dict[str, float]:
+        """Of a measured batch: what it took, and responses and tokens a second."""
+        responses = self.problems * timing.samples
+        return {
+            "samples": timing.samples, "seconds": timing.seconds, "tokens": timing.tokens,
+            "samples_per_s": responses / timing.seconds, "tokens_per_s": timing.tokens / timing.seconds,
+        }  # fmt: skip
+
+    def time_record(self) -> dict[str, Any]:
+        """Plain data of --budget-s: of each budget the batch that fits, with its vote; and all batches that were
+        measured. all: one of more samples may fit. Nothing without budgets."""
+        if not self.budgets_s:
+            return {}
+        votes = []
+        for budget in self.budgets_s:
+            fit, score = fitting(self.timings, budget), self.scores[f"maj@{in_seconds(budget)}"]
+            speed: dict[str, float] = {"samples": 0} if fit is None else self.speed(fit)
+            votes.append({
+                "budget_s": budget, **speed, "all": fit is not None and fit.samples == self.samples,
+                "accuracy": score.value, "low": score.low, "high": score.high, "pass@1": self.scores["pass@1"].value,
+            })  # fmt: skip
+        return {"time_budgets": votes, "timings": [self.speed(t) for t in self.timings]}
 
 
 def summarize(
     model: str, name: str, task: Task, problems: Sequence[Problem], rows: Rows, *,
     ks: Sequence[int], budgets: Sequence[int], ties: str = "expected", left_out: int = 0,
+    timings: Sequence[Timing] = (), budgets_s: Sequence[float] = (),
 ) -> Summary:  # fmt: skip
     """The numbers of the samples rows [P][n] of the problems [P].
 
     ks: of pass@k and maj@k, at most n. budgets: those of `Sample.within`; the last is the length limit. ties: see
-    `maj_at_k`. A response that was cut off is wrong and has no vote.
+    `maj_at_k`. A response that was cut off is wrong and has no vote. timings: of batches of at most n samples; the vote
+    within each of budgets_s is that of the largest batch that fits, a ratio over no problem where none does.
     """
     n = len(rows[0])
     every = [s for row in rows for s in row]
     correct = np.array([sum(s.verdict for s in row) for row in rows])
     groups = [group_samples(task, problem, row) for problem, row in zip(problems, rows, strict=True)]
     curve_ks = sorted({1 << i for i in range(n.bit_length())} | {n, *ks})
-    ratios = _rates(rows, correct, curve_ks, max(ks)) | _votes(groups, rows, curve_ks, ties) | _variants(problems, rows)
+    vote_ks = sorted({*curve_ks, *(t.samples for t in timings)})
+    ratios = _rates(rows, correct, curve_ks, max(ks)) | _votes(groups, rows, vote_ks, ties) | _variants(problems, rows)
+    ratios |= _votes_in_time(ratios, timings, budgets_s)
     ratios |= _costs(rows, correct) | _budgets(rows, budgets) | _answers(rows, groups, correct)
     ratios |= _variety("diversity", rows, lambda s: s.verdict) | _variety("variety", rows, lambda s: True)
     scores = _score(ratios)
@@ -155,8 +187,11 @@ def summarize(
         "maj@k": curve("pass@", [1]) + curve("maj@", curve_ks) if n > 1 else [],  # pass@1: a vote of one
         "within": curve("within/", budgets), "stated": curve("stated/", budgets),
     }  # fmt: skip
+    if timings:
+        voted = [(t.seconds, scores[_vote_name(t.samples)]) for t in timings]
+        curves["seconds"] = sorted((seconds, s.value, s.low, s.high) for seconds, s in voted)
     asked = {1, *ks}
-    for k in curve_ks:
+    for k in vote_ks:
         for kind, kept in (("pass", asked), ("flexible/pass", asked), ("maj", asked | {n})):
             if k not in kept:
                 scores.pop(f"{kind}@{k}", None)
@@ -168,7 +203,8 @@ def summarize(
         model=model, task=name, problems=len(rows), samples=n, left_out=left_out, verifier=verifier_of(task, problems),
         scores=scores, plain=_plain(rows, correct, lengths, scores, max(ks)), curves=curves,
         entropy=_entropy_by_position(every), lengths=lengths, outcomes=_outcomes(every),
-        stages=dict(Counter(s.stage for s in every).most_common()), matrix=matrix,
+        stages=dict(Counter(s.stage for s in every).most_common()), matrix=matrix, timings=list(timings),
+        budgets_s=list(budgets_s),
         ratios={k: v for k, v in ratios.items() if k in scores}, uids=[p.uid for p in problems], correct=correct,
     )  # fmt: skip
 
@@ -244,6 +280,22 @@ def _votes(groups: Sequence[Sequence[int]], rows: Rows, ks: Sequence[int], ties:
             ]  # fmt: skip
             out[f"maj@{k}"] = np.array(won), _ones(rows)
     return out
+
+
+def _vote_name(k: int) -> str:
+    return f"maj@{k}" if k > 1 else "pass@1"
+
+
+def _votes_in_time(
+    votes: Mapping[str, Ratio], timings: Sequence[Timing], budgets_s: Sequence[float]
+) -> dict[str, Ratio]:
+    """The vote of as many samples as fit each budget."""
+    none = np.zeros(len(votes["pass@1"][0]))
+    fits = {budget: fitting(timings, budget) for budget in budgets_s}
+    return {
+        f"maj@{in_seconds(budget)}": (none, none) if fit is None else votes[_vote_name(fit.samples)]
+        for budget, fit in fits.items()
+    }
 
 
 def _costs(rows: Rows, correct: NDArray[np.int64]) -> dict[str, Ratio]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pymathrl.eval.budget import in_seconds
 from pymathrl.eval.compare import Comparison
 from pymathrl.eval.summary import Score, Summary
 
@@ -27,6 +28,7 @@ ROWS = (
     Row(r"pass@(\d+)", "pass@{}", main=True),
     Row(r"flexible/pass@(\d+)", "pass@{}, flexible", main=True),
     Row(r"maj@(\d+)", "maj@{}", main=True),
+    Row(r"maj@(.+)s", "maj within {} s"),
     Row(r"g-pass@(.+)", "G-pass@{}"),
     Row(r"pass@(\d+)-pass@1", "pass@{} - pass@1"),
     Row("sampling_sd", "sd of pass@1 over samples"),
@@ -84,6 +86,12 @@ number of the response counts. maj@k: votes among k samples, {ties}. Distances b
 n-grams (4096 dimensions): compare them with each other only. Entropy is of the distribution that was drawn from,
 temperature and filters included."""
 
+BUDGET_NOTE = """\
+Of each budget the most samples per problem that were generated within so many seconds, all problems together, from the
+first prompt to the last response; grading is not in it. Each number of samples is a batch of its own, measured once,
+after an untimed one that fills the rows; nothing is extrapolated. (all): all samples of the evaluation fit, more may.
+0 (1: T): not even one per problem fits, which takes T. The interval is over problems; the times have none."""
+
 PAIRED = r"(flexible/)?pass@|maj@|completions/mean_length"  # what of the comparisons is shown on the terminal
 
 TIES_NOTE = {
@@ -97,7 +105,7 @@ TIES_NOTE = {
 def _shown(names: Iterable[str], main: bool) -> list[tuple[str, Row, str]]:
     """(name, row, label) of the numbers that have a row, in the order of `ROWS`, numbers in names rising. Others are in
     summary.json only (avg@n, which is pass@1)."""
-    names = sorted(dict.fromkeys(names), key=lambda name: [int(x) for x in re.findall(r"\d+", name)])
+    names = sorted(dict.fromkeys(names), key=lambda name: [float(x) for x in re.findall(r"\d+(?:\.\d+)?", name)])
     out = []
     for row in ROWS:
         for name in names:
@@ -165,7 +173,7 @@ def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str],
     tasks = short_names([c.task for c in comparisons])
     for c in comparisons:
         first = [tasks[c.task], f"{names[c.model]} - {names[c.base]}"]
-        for name, row, label in _shown((n for n in c.differences if not main or re.match(PAIRED, n)), main):
+        for name, row, label in _shown((n for n in c.differences if not main or re.match(PAIRED, n)), False):
             score = c.differences[name]
             rows.append([*first, label, show_score(score, row.unit, "+"), show_number(score.se, row.unit)])
             first = ["", ""]
@@ -177,6 +185,49 @@ def comparison_rows(comparisons: Sequence[Comparison], names: Mapping[str, str],
                 rows.append([*first, label.replace("_", " "), show_number(value, "%"), "-"])
                 first = ["", ""]
     return rows
+
+
+def budget_rows(summaries: Sequence[Summary]) -> list[list[str]]:
+    """A row per task, time budget and model; the first row is the head."""
+    names, tasks = _short_pairs(summaries)
+    rows = [["task", "model", "budget", "samples", "measured", "samples/s", "tokens/s", "majority vote", "pass@1"]]
+    for task in tasks:
+        some = [s for s in summaries if s.task == task]
+        votes = [s.time_record()["time_budgets"] for s in some]
+        for at, budget in enumerate(some[0].budgets_s):
+            for s, vote in zip(some, (v[at] for v in votes), strict=True):
+                count = f"{vote['samples']} (all)" if vote["all"] else str(vote["samples"])
+                if not vote["samples"]:
+                    count = f"0 (1: {s.timings[0].seconds:,.2f} s)"
+                rows.append([
+                    tasks[task], names[s.model], in_seconds(budget), count, *_speed_cells(vote),
+                    show_score(Score(vote["accuracy"], vote["low"], vote["high"]), "%"),
+                    show_number(vote["pass@1"], "%"),
+                ])  # fmt: skip
+    return rows
+
+
+def timing_rows(summaries: Sequence[Summary]) -> list[list[str]]:
+    """A row per measured batch; the first row is the head."""
+    names, tasks = _short_pairs(summaries)
+    rows = [["task", "model", "samples", "measured", "samples/s", "tokens/s"]]
+    for s in summaries:
+        rows += [[tasks[s.task], names[s.model], str(t.samples), *_speed_cells(s.speed(t))] for t in s.timings]
+    return rows
+
+
+def _short_pairs(summaries: Sequence[Summary]) -> tuple[dict[str, str], dict[str, str]]:
+    """The short names of the models and of the tasks."""
+    return (
+        short_names([*dict.fromkeys(s.model for s in summaries)]),
+        short_names([*dict.fromkeys(s.task for s in summaries)]),
+    )
+
+
+def _speed_cells(speed: Mapping[str, float]) -> list[str]:
+    if "seconds" not in speed:
+        return ["-", "-", "-"]
+    return [f"{speed['seconds']:,.2f} s", f"{speed['samples_per_s']:,.1f}", f"{speed['tokens_per_s']:,.0f}"]
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
@@ -203,6 +254,9 @@ def markdown(
             head = ["", *next(iter(s.matrix.values()))]
             rows = [[task, *(show_number(x, "%") for x in cells.values())] for task, cells in s.matrix.items()]
             parts += [f"## MATHCHECK, {names[s.model]}", markdown_table([head, *rows])]
+    if summaries[0].budgets_s:
+        tables = map(markdown_table, (budget_rows(summaries), timing_rows(summaries)))
+        parts += ["## Votes under a time budget", BUDGET_NOTE, *tables]
     if comparisons:
         parts += ["## In pairs", markdown_table(comparison_rows(comparisons, names, False))]
     return "\n\n".join([*parts, NOTES.format(ties=TIES_NOTE[ties])]) + "\n"
