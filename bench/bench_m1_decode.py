@@ -33,7 +33,7 @@ from typing import Any
 
 import torch
 from b4_generation import random_policy
-from common import _commit, _processor
+from common import _commit
 from vs_hf_generate import Ceilings
 
 from pymathrl import devices
@@ -170,7 +170,7 @@ def main() -> None:
         share = ratio / predicted
         print(f"{length:>19}: the hybrid is {ratio:.2f}x as fast, {share:.2f} of the {predicted:.2f}x of the bytes")
         rows += [row | {"ratio": ratio, "bytes_ratio": predicted} for row in lines]
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else _processor()
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else devices.processor()
     result = {
         "bench": "m1_decode", "machine": machine, "threads": torch.get_num_threads(), "commit": _commit(),
         "torch": torch.__version__, "dtype": str(dtype), "read_gb_s": ceilings.read_bytes_s / 1e9,

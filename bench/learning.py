@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from common import _commit, _processor
+from common import _commit
 
+from pymathrl import devices
 from pymathrl.errors import UserError
 from pymathrl.report import group_runs, plot_comparison, read_run
 
@@ -163,7 +164,7 @@ def main() -> int:
     if not done:
         return 1
     text, records, flat = table(done)
-    where = f"{_processor()}, commit {_commit()}, {args.jobs} runs at once, {args.steps} steps of 512 responses"
+    where = f"{devices.processor()}, commit {_commit()}, {args.jobs} runs at once, {args.steps} steps of 512 responses"
     RESULTS.mkdir(exist_ok=True)
     name = "learning" if args.set == "core" else f"learning-{args.set}"
     (RESULTS / f"{name}.md").write_text(f"{where}\n\n{text}")

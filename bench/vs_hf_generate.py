@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import _commit, _processor, quiet
+from common import _commit, quiet
 from torch import Tensor
 
 from pymathrl import devices
@@ -272,9 +272,7 @@ def versions() -> dict[str, str]:
 def place(name: str) -> tuple[torch.device, str]:
     """A device and what it is called."""
     device = devices.resolve(name)
-    if device.type == "cpu":
-        return device, f"{_processor()}, {torch.get_num_threads()} threads"
-    return device, torch.cuda.get_device_name(device)
+    return device, devices.machine(device)
 
 
 def describe(policy: Policy) -> str:

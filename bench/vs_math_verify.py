@@ -39,8 +39,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from common import _commit, _processor, quiet
+from common import _commit, quiet
 
+from pymathrl import devices
 from pymathrl.verify import VerifierPool, verify
 
 WANTED = "math-verify latex2sympy2_extended"
@@ -612,7 +613,7 @@ def main() -> int:
     hangs = HANG_LIST
     if args.quick:
         args.pairs, args.chunk, args.guard, hangs = 110, 22, 2.0, HANG_LIST[:1] + HANG_LIST[-1:]
-    print(f"{_processor()} | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    print(f"{devices.processor()} | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
     load = os.getloadavg()[0]  # in the result: how busy the machine was, 1 is this process alone
     grade(make_pairs(22 if args.quick else WARM_PAIRS, args.seed + 1), WARM_PAIRS)
     pairs = make_pairs(args.pairs, args.seed)
@@ -620,7 +621,7 @@ def main() -> int:
     hang = report_hangs(hang_list(hangs, args.guard))
     row = {
         "bench": "vs_math_verify",
-        "machine": _processor(),
+        "machine": devices.processor(),
         "seed": args.seed,
         "load": max(load, os.getloadavg()[0]),
         **found,

@@ -39,10 +39,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import _commit, _processor, quiet
+from common import _commit, quiet
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
+from pymathrl import devices
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_LENGTH, Graded, Rollout
@@ -441,10 +442,10 @@ def main() -> int:
     quiet()
     found = versions()
     torch.set_num_threads(args.threads)
-    print(f"{_processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    print(f"{devices.processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
     cases = {"quick": QUICK} if args.quick else {name: CASES[name] for name in args.cases}
     rows = [run_case(name, case, args.steps or case.steps) for name, case in cases.items()]
-    print(json.dumps({"bench": "vs_trl", "machine": _processor(), "threads": args.threads, **found, "cases": rows}))
+    print(json.dumps({"bench": "vs_trl", "machine": devices.processor(), "threads": args.threads, **found, "cases": rows}))
     return 0
 
 
