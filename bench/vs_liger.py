@@ -41,8 +41,8 @@ import torch
 from common import _commit, relative_error
 from torch import Tensor
 
-from pymathrl import devices
 from pymathrl.algos import LossSpec
+from pymathrl.devices import processor
 from pymathrl.loss import TokenTerms, fused_policy_loss
 from pymathrl.ops.aggregation import aggregation_coef
 
@@ -283,11 +283,11 @@ def main() -> int:
     if args.peak:
         print(peak(CASES[args.cases[0]], args.peak, not args.eager))
         return 0
-    print(f"{devices.processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    print(f"{processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
     names, repeats = (["quick"], 5) if args.quick else (args.cases, args.repeats)
     compiled = not (args.eager or args.quick)
     rows = [run_case(name, repeats, args.threads, compiled) for name in names]
-    head = {"bench": "vs_liger", "machine": devices.processor(), "threads": args.threads, "liger_compiled": compiled, **found}
+    head = {"bench": "vs_liger", "machine": processor(), "threads": args.threads, "liger_compiled": compiled, **found}
     print(json.dumps({**head, "cases": rows}))
     return 0
 

@@ -43,12 +43,12 @@ from common import _commit, quiet
 from tokenizers import Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from pymathrl import devices
 from pymathrl.advantage import advantage
 from pymathrl.algos import REGISTRY, LossSpec
 from pymathrl.batch import ROLE_PROMPT, ROLE_SAMPLED, STOP_LENGTH, Graded, Rollout
 from pymathrl.config import Run, TrainConfig
 from pymathrl.context import Context, Position
+from pymathrl.devices import processor
 from pymathrl.learner import Learner
 from pymathrl.log import StageTimer
 from pymathrl.loss import minibatch_loss
@@ -442,10 +442,10 @@ def main() -> int:
     quiet()
     found = versions()
     torch.set_num_threads(args.threads)
-    print(f"{devices.processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
+    print(f"{processor()}, {args.threads} threads | " + ", ".join(f"{k} {v}" for k, v in found.items()), flush=True)
     cases = {"quick": QUICK} if args.quick else {name: CASES[name] for name in args.cases}
     rows = [run_case(name, case, args.steps or case.steps) for name, case in cases.items()]
-    print(json.dumps({"bench": "vs_trl", "machine": devices.processor(), "threads": args.threads, **found, "cases": rows}))
+    print(json.dumps({"bench": "vs_trl", "machine": processor(), "threads": args.threads, **found, "cases": rows}))
     return 0
 
 
