@@ -1,6 +1,6 @@
 """Contracts C1 and C3: the sampler's numbers are the update's bit for bit, and samples know nothing of their batch.
 
-On a tiny random model, on the built-in model, and on SmolLM2-135M where the environment variable PYMATHRL_SMOLLM2 names
+On tiny random models and the built-in ones, a transformer and a hybrid of each, and on SmolLM2-135M where the environment variable PYMATHRL_SMOLLM2 names
 its folder.
 """
 
@@ -44,12 +44,13 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "hybrid", "builtin", pytest.param("smollm2", marks=NO_FOLDER)])
+@pytest.fixture(scope="module", params=["tiny", "hybrid", "builtin", "builtin-m1", pytest.param("smollm2", marks=NO_FOLDER)])
 def policy(request: pytest.FixtureRequest) -> Policy:
     makers: dict[str, Callable[[], Policy]] = {
         "tiny": lambda: tiny_policy(tie=True),
         "hybrid": lambda: tiny_policy(layers=3, hybrid=True),
         "builtin": lambda: pymathrl.load("builtin:tiny"),
+        "builtin-m1": lambda: pymathrl.load("builtin:tiny-m1"),
         "smollm2": lambda: pymathrl.load(FOLDER, dtype=torch.float32),
     }
     return makers[request.param]()
