@@ -1,7 +1,7 @@
 """Contracts C1 and C3: the sampler's numbers are the update's bit for bit, and samples know nothing of their batch.
 
-On tiny random models and the built-in ones, a transformer and a hybrid of each, and on SmolLM2-135M where the environment variable PYMATHRL_SMOLLM2 names
-its folder.
+On tiny random models and the built-in ones, a transformer and a hybrid of each, and on SmolLM2-135M where the
+environment variable PYMATHRL_SMOLLM2 names its folder.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ TEXTS = (
 )
 
 
-@pytest.fixture(scope="module", params=["tiny", "hybrid", "builtin", "builtin-m1", pytest.param("smollm2", marks=NO_FOLDER)])
+@pytest.fixture(
+    scope="module", params=["tiny", "hybrid", "builtin", "builtin-m1", pytest.param("smollm2", marks=NO_FOLDER)]
+)
 def policy(request: pytest.FixtureRequest) -> Policy:
     makers: dict[str, Callable[[], Policy]] = {
         "tiny": lambda: tiny_policy(tie=True),
