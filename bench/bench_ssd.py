@@ -1,7 +1,7 @@
 """ssd_scan (forward, forward + backward) and ssd_step on the Mamba-2 shapes of M1-3B: H = G = 24, P = N = 128.
 
-The peer is the chunk form in plain torch: products of matrices over chunks of 64 tokens (128 and 256 are slower on a
-CPU), batched over chunks and heads, autograd for the gradient; for the step, the update written with torch's operators.
+The peer is the chunk form in plain torch: products of matrices over chunks of 64 tokens, batched over chunks and heads,
+autograd for the gradient; for the step, the update written with torch's operators.
 
 python bench/bench_ssd.py [--device cpu|cuda] [--quick]
 """
