@@ -250,8 +250,11 @@ def _check(c: SftConfig) -> None:
                 raise UserError(f"{flag(name)} is an option of --mode distill, got --mode {c.mode}")
     elif c.kl_weight == c.ce_weight == 0:
         raise UserError("--kl-weight and --ce-weight are both 0: there is no loss")
-    elif c.average_of is not None and c.teacher is None:
-        raise UserError("--mode distill with --average-of needs --teacher: a mean of models is no teacher by default")
+    elif c.average_of is not None and (c.teacher is None or c.attention_layers is not None):
+        raise UserError(
+            "--mode distill with --average-of goes on with the mean of students: it needs --teacher, and takes no "
+            "--attention-layers"
+        )
     c.kept_layers()
     if c.epochs and c.data is None:
         raise UserError("--epochs counts passes over the rows of --data; without a file give --steps")

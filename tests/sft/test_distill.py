@@ -153,6 +153,7 @@ def test_kill_then_resume_gives_the_same_bits(tmp_path: Path) -> None:
         (["--attention-layers", "0,1"], ["attn_layers names every layer"]),
         (["--kl-weight", "0"], ["--kl-weight and --ce-weight are both 0"]),
         (["--teacher", "/nowhere/t"], ["/nowhere/t"]),
+        (["--average-of", "MODEL,MODEL"], ["--average-of goes on with the mean of students", "needs --teacher"]),
         (["--teacher", "OTHER"], ["--teacher", "its tokenizer", "is not the student's"]),
         (["--model", "HYBRID"], ["is a hybrid: name the model to be like with --teacher"]),
         (["--model", "HYBRID", "--teacher", "MODEL", "--attention-layers", "1"], ["is a hybrid already"]),
