@@ -22,4 +22,5 @@ def test_a_step_on_a_hybrid(name: str, tmp_path: Path) -> None:
     """Whatever it draws, forks, forces in or takes back: the sampler's log-probs are the update's to the bit."""
     (step,) = short_run(tmp_path / "run", name, "--model", "builtin:tiny-m1", *FLAGS.get(name, ()), count=1)
     assert math.isfinite(step["loss"]) and math.isfinite(step["grad_norm"])
-    assert step.get("logp_gap/max", 0.0) == 0.0
+    if name != "guide":  # it trains what was drawn behind a hint without the hint
+        assert step.get("logp_gap/max", 0.0) == 0.0
