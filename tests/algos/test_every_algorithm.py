@@ -12,7 +12,7 @@ from tests.algos.runs import short_run
 
 FLAGS = {
     "acereason": ("--minibatches", "1"),
-    "spo": ("--samples-per-prompt", "1"),
+    "spo": ("--samples-per-prompt", "1", "--pool", "16", "--offline-samples", "2"),
     "soft_tokens": ("--answer-tokens", "16"),
 }
 
