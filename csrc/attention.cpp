@@ -1,5 +1,6 @@
 #include "attention.h"
 
+#include "common/packed.h"
 #include "common/parallel.h"
 #include "common/transpose.h"
 
@@ -437,11 +438,6 @@ int64_t sequence_of(const AttentionParams& p, int64_t token) {
   return low;
 }
 
-void clear_padding(const AttentionParams& p, void* x, int64_t width) {
-  const int64_t used = p.offsets[p.sequences];
-  memset(static_cast<float*>(x) + used * width, 0, (p.tokens - used) * width * sizeof(float));
-}
-
 }  // namespace
 
 // Task n / K takes the pieces, kPiece positions long, that start in its kPiece tokens: few long sequences keep all
@@ -459,7 +455,7 @@ void attention_cpu(const AttentionParams& p) {
       }
     }
   });
-  clear_padding(p, p.out, p.heads * p.head_dim);
+  clear_padding(p.offsets, p.sequences, p.tokens, p.out, p.heads * p.head_dim);
   memset(p.lse + p.offsets[p.sequences] * p.heads, 0, (p.tokens - p.offsets[p.sequences]) * p.heads * sizeof(float));
 }
 
@@ -468,7 +464,7 @@ void attention_backward_cpu(const AttentionParams& p) {
   parallel_for(tasks, grain(tasks, training_flops(p, 10)), [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) backward_sequence(Sequence(p, n / p.kv_heads), n % p.kv_heads);
   });
-  clear_padding(p, p.dqkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
+  clear_padding(p.offsets, p.sequences, p.tokens, p.dqkv, (p.heads + 2 * p.kv_heads) * p.head_dim);
 }
 
 void paged_attention_cpu(const PagedAttentionParams& p) {

@@ -571,7 +571,6 @@ CausalConv1dParams causal_conv1d_params(const Args& args, const char* op, const 
   if (p.width < 2 || p.width > kMaxConv) fail(op, ": the width of weight must be in 2..", kMaxConv, ", got ", p.width);
   p.weight = args.dense<float>("weight", weight, {p.channels, p.width});
   p.bias = args.optional<float>("bias", bias, {p.channels});
-  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
   p.offsets = packed_offsets(args, op, offsets, p.tokens);
   p.initial = args.optional<float>("initial", initial, {p.sequences, p.width - 1, p.sources});
   return p;
@@ -611,7 +610,7 @@ int64_t matrix_rows(const Args& args, const char* op, const char* name, const Te
   args.check_dtype(name, t, dtype);
   const int64_t stride = args.rows(name, t);
   if (t.size[0] != rows || t.size[1] != columns)
-    fail(op, ": ", name, " must have shape [", rows, ", ", columns, "], got ", shape_text(t.size, 2));
+    fail(op, ": ", name, " must have shape [", rows, ", ", columns, "], got ", shape_text(t.size, t.ndim));
   return stride;
 }
 
@@ -647,7 +646,6 @@ SelectiveScanParams selective_scan_params(const Args& args, const char* op, cons
   p.a_log = args.dense<float>("a_log", a_log, {p.channels, p.states});
   p.d = args.dense<float>("d", d, {p.channels});
   p.dt_bias = args.dense<float>("dt_bias", dt_bias, {p.channels});
-  if (p.sequences < 0) fail(op, ": offsets must have B+1 elements, got 0");
   p.offsets = packed_offsets(args, op, offsets, p.tokens);
   return p;
 }
@@ -728,16 +726,6 @@ void mamba_step(const Tensor& proj, const Tensor& dt, const Tensor& conv_state, 
   launch(args, stream, p, mamba_step_cpu, CUDA_TWIN(mamba_step_cuda));
 }
 
-// [T,columns] of the op's activations; returns the distance between its rows.
-int64_t activation_rows(const Args& args, const char* op, const char* name, const Tensor& t, DType dtype, int64_t rows,
-                        int64_t columns) {
-  args.check_dtype(name, t, dtype);
-  const int64_t stride = args.rows(name, t);
-  if (t.size[0] != rows || t.size[1] != columns)
-    fail(op, ": ", name, " must have shape [", rows, ", ", columns, "], got ", shape_text(t.size, t.ndim));
-  return stride;
-}
-
 SsdInputs ssd_inputs(const Args& args, const char* op, const Tensor& x, const Tensor& dt, const Tensor& b,
                      const Tensor& c, const Tensor& a_log, const Tensor& d, const Tensor& dt_bias, int64_t groups,
                      int64_t states) {
@@ -750,10 +738,10 @@ SsdInputs ssd_inputs(const Args& args, const char* op, const Tensor& x, const Te
   in.groups = groups;
   in.states = states;
   if (in.states > kMaxSsdStates) fail(op, ": b must have at most ", kMaxSsdStates, " states in a group, got ", in.states);
-  in.x_stride = activation_rows(args, op, "x", x, in.dtype, in.tokens, in.heads * in.width);
-  in.dt_stride = activation_rows(args, op, "dt", dt, in.dtype, in.tokens, in.heads);
-  in.b_stride = activation_rows(args, op, "b", b, in.dtype, in.tokens, groups * in.states);
-  in.c_stride = activation_rows(args, op, "c", c, in.dtype, in.tokens, groups * in.states);
+  in.x_stride = matrix_rows(args, op, "x", x, in.dtype, in.tokens, in.heads * in.width);
+  in.dt_stride = matrix_rows(args, op, "dt", dt, in.dtype, in.tokens, in.heads);
+  in.b_stride = matrix_rows(args, op, "b", b, in.dtype, in.tokens, groups * in.states);
+  in.c_stride = matrix_rows(args, op, "c", c, in.dtype, in.tokens, groups * in.states);
   in.x = x.data, in.dt = dt.data, in.b = b.data, in.c = c.data;
   in.a_log = args.dense<float>("a_log", a_log, {in.heads});
   in.d = args.dense<float>("d", d, {in.heads});
@@ -826,7 +814,7 @@ void ssd_step(const Tensor& x, const Tensor& dt, const Tensor& b, const Tensor& 
   p.in = ssd_inputs(args, "ssd_step", x, dt, b, c, a_log, d, dt_bias, groups, states);
   p.slots = state.size[0];
   p.state = args.dense<float>("state", state, {p.slots, heads, states, width});
-  activation_rows(args, "ssd_step", "x", x, p.in.dtype, p.in.tokens, heads * width);
+  matrix_rows(args, "ssd_step", "x", x, p.in.dtype, p.in.tokens, heads * width);
   p.row = args.dense<int64_t>("row", row, {p.in.tokens});
   p.position = args.dense<int64_t>("position", position, {p.in.tokens});
   p.y = args.dense("out", out, p.in.dtype, {p.in.tokens, heads * width});

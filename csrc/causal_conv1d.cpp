@@ -100,12 +100,6 @@ template <int W> void backward_tile(const CausalConv1dGradParams& gradient, cons
 
 int64_t grain_of(const CausalConv1dParams& p) { return 1 + kGrainElements / (kConvTile * p.channels); }
 
-// The rows of padding.
-void clear_rows(const CausalConv1dParams& p, void* rows, int64_t width) {
-  const int64_t used = p.offsets[p.sequences];
-  memset(static_cast<float*>(rows) + used * width, 0, (p.tokens - used) * width * sizeof(float));
-}
-
 }  // namespace
 
 void causal_conv1d_cpu(const CausalConv1dParams& p) {
@@ -115,7 +109,7 @@ void causal_conv1d_cpu(const CausalConv1dParams& p) {
       if (find_tile(p.offsets, p.sequences, kConvTile, number, &tile))
         with_width(p.width, [&](auto width) { forward_tile<width()>(p, tile); });
   });
-  clear_rows(p, p.u, p.channels);
+  clear_padding(p.offsets, p.sequences, p.tokens, p.u, p.channels);
 }
 
 void causal_conv1d_backward_cpu(const CausalConv1dGradParams& gradient) {
@@ -131,7 +125,7 @@ void causal_conv1d_backward_cpu(const CausalConv1dGradParams& gradient) {
         memset(dw, 0, sums * sizeof(float));
     }
   });
-  clear_rows(p, gradient.dx, p.sources);
+  clear_padding(p.offsets, p.sequences, p.tokens, gradient.dx, p.sources);
   sum_blocks(gradient.dw, tiles, sums);
 }
 

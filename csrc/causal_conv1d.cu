@@ -109,7 +109,7 @@ void causal_conv1d_cuda(const CausalConv1dParams& p, int device, void* stream) {
     with_width(p.width, [&](auto width) {
       if (p.sequences) forward_kernel<T, decltype(width)::value><<<grid_of(p), kThreads, 0, queue>>>(p);
     });
-    clear_rows_cuda<T>(p.offsets, p.sequences, p.tokens, p.u, p.channels, queue);
+    clear_padding_cuda<T>(p.offsets, p.sequences, p.tokens, p.u, p.channels, queue);
   });
   check_cuda(cudaGetLastError(), "causal_conv1d");
 }
@@ -123,7 +123,7 @@ void causal_conv1d_backward_cuda(const CausalConv1dGradParams& gradient, int dev
     with_width(p.width, [&](auto width) {
       if (p.sequences) backward_kernel<T, decltype(width)::value><<<grid_of(p), kThreads, 0, queue>>>(gradient);
     });
-    clear_rows_cuda<T>(p.offsets, p.sequences, p.tokens, gradient.dx, p.sources, queue);
+    clear_padding_cuda<T>(p.offsets, p.sequences, p.tokens, gradient.dx, p.sources, queue);
   });
   const int64_t tiles = p.sequences ? causal_conv1d_tiles(p.tokens, p.sequences) : 0;
   sum_blocks_cuda(gradient.dw, tiles, p.channels * (p.width + 1), queue);

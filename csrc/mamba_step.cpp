@@ -17,8 +17,7 @@ struct Run {
 // Calls body(run) for the runs that start in rows [begin, end).
 template <class Body> HD void for_runs(const MambaStepParams& p, int64_t begin, int64_t end, Body body) {
   for (int64_t i = begin; i < end;) {
-    int64_t last = i + 1;
-    while (last < p.rows && !run_starts(p.row, last)) ++last;
+    const int64_t last = run_end(p.row, p.rows, i);
     if (run_starts(p.row, i)) body(Run{i, last});
     i = last;
   }

@@ -15,8 +15,7 @@ template <class T, int W, int N> __global__ void step_kernel(MambaStepParams p) 
   extern __shared__ float shared[];  // b [N], c [channels of the block] of a token
   const int64_t first = blockIdx.x, group = blockIdx.y, states = N ? N : p.states, slot = p.row[first];
   if (!run_starts(p.row, first)) return;
-  int64_t last = first + 1;
-  while (last < p.rows && !run_starts(p.row, last)) ++last;
+  const int64_t last = run_end(p.row, p.rows, first);
   const int64_t channel = group * blockDim.x + threadIdx.x, lane = threadIdx.x % states, s = group * states + lane;
   T* out = static_cast<T*>(p.out) + channel;
   if (slot < 0) {

@@ -31,7 +31,4 @@ struct MambaStepParams {
 void mamba_step_cpu(const MambaStepParams& p);
 void mamba_step_cuda(const MambaStepParams& p, int device, void* stream);
 
-// A run starts at row i. The rows of padding are runs of their own kind: nothing is done for their states.
-HD bool run_starts(const int64_t* row, int64_t i) { return i == 0 || row[i] != row[i - 1]; }
-
 }  // namespace pymathrl

@@ -197,10 +197,8 @@ template <class Task> void for_groups(const SelectiveScanParams& p, Task task) {
   });
 }
 
-// The rows of padding.
-void clear_rows(const SelectiveScanParams& p, void* rows, int64_t width) {
-  const int64_t used = p.offsets[p.sequences];
-  if (rows) memset(at(rows, width, used), 0, (p.tokens - used) * width * sizeof(float));
+void clear_padding(const SelectiveScanParams& p, void* rows, int64_t width) {
+  pymathrl::clear_padding(p.offsets, p.sequences, p.tokens, rows, width);
 }
 
 }  // namespace
@@ -209,7 +207,7 @@ void selective_scan_cpu(const SelectiveScanParams& p) {
   for_groups(p, [&](int64_t sequence, int64_t group) {
     for_lanes(p, group, [&](const Lanes& lanes) { forward_lanes(p, sequence, lanes); });
   });
-  clear_rows(p, p.y, p.channels);
+  clear_padding(p, p.y, p.channels);
 }
 
 void selective_scan_backward_cpu(const SelectiveScanGradParams& gradient) {
@@ -217,8 +215,8 @@ void selective_scan_backward_cpu(const SelectiveScanGradParams& gradient) {
   for_groups(p, [&](int64_t sequence, int64_t group) {
     for_lanes(p, group, [&](const Lanes& lanes) { backward_lanes(gradient, sequence, lanes); });
   });
-  for (void* rows : {gradient.du, gradient.ddt, gradient.dz, gradient.dc}) clear_rows(p, rows, p.channels);
-  clear_rows(p, gradient.db, p.sources);
+  for (void* rows : {gradient.du, gradient.ddt, gradient.dz, gradient.dc}) clear_padding(p, rows, p.channels);
+  clear_padding(p, gradient.db, p.sources);
   sum_blocks(gradient.dw, p.sequences, (p.states + 2) * p.channels);
 }
 

@@ -186,9 +186,9 @@ template <class Launch> void with_channels(const SelectiveScanParams& p, const c
   });
 }
 
-void clear_rows(const SelectiveScanParams& p, void* rows, int64_t width, cudaStream_t queue) {
+void clear_padding(const SelectiveScanParams& p, void* rows, int64_t width, cudaStream_t queue) {
   with_activations(p.dtype, [&](auto element) {
-    clear_rows_cuda<decltype(element)>(p.offsets, p.sequences, p.tokens, rows, width, queue);
+    clear_padding_cuda<decltype(element)>(p.offsets, p.sequences, p.tokens, rows, width, queue);
   });
 }
 
@@ -201,7 +201,7 @@ void selective_scan_cuda(const SelectiveScanParams& p, int device, void* stream)
     const size_t shared = kStage * (p.states + threads) * sizeof(float);
     forward_kernel<decltype(element), decltype(states)::value><<<grid, threads, shared, queue>>>(p);
   });
-  clear_rows(p, p.y, p.channels, queue);
+  clear_padding(p, p.y, p.channels, queue);
   check_cuda(cudaGetLastError(), "selective_scan");
 }
 
@@ -213,8 +213,8 @@ void selective_scan_backward_cuda(const SelectiveScanGradParams& gradient, int d
     const size_t shared = 2 * kStage * threads * sizeof(float);
     backward_kernel<decltype(element), decltype(states)::value><<<grid, threads, shared, queue>>>(gradient);
   });
-  for (void* rows : {gradient.du, gradient.ddt, gradient.dz, gradient.dc}) clear_rows(p, rows, p.channels, queue);
-  clear_rows(p, gradient.db, p.sources, queue);
+  for (void* rows : {gradient.du, gradient.ddt, gradient.dz, gradient.dc}) clear_padding(p, rows, p.channels, queue);
+  clear_padding(p, gradient.db, p.sources, queue);
   sum_blocks_cuda(gradient.dw, p.sequences, (p.states + 2) * p.channels, queue);
   check_cuda(cudaGetLastError(), "selective_scan_backward");
 }

@@ -106,7 +106,7 @@ void scan(const SsdScanParams& p, int64_t sequence, int64_t head, int64_t channe
   const Run run(in, p.y, head, begin);
   if (!p.starts) advance_run(run, 0, tokens, channel, count, state);
   for (int64_t t = 0; p.starts && t < tokens; t += p.chunk) {
-    const int64_t start = ssd_first_chunk(begin, sequence, p.chunk) + t / p.chunk;
+    const int64_t start = first_tile(p.offsets, sequence, p.chunk) + t / p.chunk;
     store_state(state, in.width, in.states, count, p.starts + (start * in.heads + head) * matrix + channel);
     advance_run(run, t, std::min(t + p.chunk, tokens), channel, count, state);
   }
@@ -122,9 +122,8 @@ void step(const SsdStepParams& p, int64_t r, int64_t head, int64_t channel) {
     memset(run.out(0) + channel, 0, width * sizeof(float));
     return;
   }
-  if (continues_run(p, r)) return;
-  int64_t tokens = 1;
-  while (r + tokens < in.tokens && continues_run(p, r + tokens)) ++tokens;
+  if (!run_starts(p.row, r)) return;
+  const int64_t tokens = run_end(p.row, in.tokens, r) - r;
   float* in_place = p.state + (p.row[r] * in.heads + head) * in.states * in.width + channel;
   const bool fresh = p.position[r] == 0;
   if (tokens == 1 && width == kStepWidth && !fresh) {  // once through the state, as it lies in memory
@@ -228,8 +227,8 @@ struct Thread {
   }
 };
 
-void clear_padding(void* out, int64_t begin, int64_t tokens, int64_t width) {
-  memset(static_cast<float*>(out) + begin * width, 0, (tokens - begin) * width * sizeof(float));
+void clear_padding(const SsdScanParams& p, void* rows, int64_t width) {
+  pymathrl::clear_padding(p.offsets, p.sequences, p.in.tokens, rows, width);
 }
 
 }  // namespace
@@ -237,7 +236,7 @@ void clear_padding(void* out, int64_t begin, int64_t tokens, int64_t width) {
 void ssd_scan_cpu(const SsdScanParams& p) {
   const SsdInputs& in = p.in;
   const int64_t slices = (in.width + kLanes - 1) / kLanes, end = p.offsets[p.sequences];
-  clear_padding(p.y, end, in.tokens, in.heads * in.width);
+  clear_padding(p, p.y, in.heads * in.width);
   const int64_t states = in.states * (1 + end / std::max<int64_t>(p.sequences, 1));
   parallel_for(p.sequences * in.heads * slices, 1 + kGrainStates / states, [&](int64_t begin, int64_t stop) {
     for (int64_t i = begin; i < stop; ++i)
@@ -248,11 +247,10 @@ void ssd_scan_cpu(const SsdScanParams& p) {
 void ssd_scan_backward_cpu(const SsdGradParams& g) {
   const SsdScanParams& p = g.forward;
   const SsdInputs& in = p.in;
-  const int64_t end = p.offsets[p.sequences];
-  clear_padding(g.dx, end, in.tokens, in.heads * in.width);
-  clear_padding(g.ddt, end, in.tokens, in.heads);
-  clear_padding(g.db, end, in.tokens, in.heads * in.states);
-  clear_padding(g.dc, end, in.tokens, in.heads * in.states);
+  clear_padding(p, g.dx, in.heads * in.width);
+  clear_padding(p, g.ddt, in.heads);
+  clear_padding(p, g.db, in.heads * in.states);
+  clear_padding(p, g.dc, in.heads * in.states);
   std::atomic<int64_t> next{0};
   parallel_for(g.workers, 1, [&](int64_t begin, int64_t stop) {
     for (int64_t worker = begin; worker < stop; ++worker)

@@ -1,3 +1,4 @@
+#include "common/packed.cuh"
 #include "common/row_softmax.cuh"
 #include "ssd_backward.h"
 
@@ -94,7 +95,7 @@ __device__ void walk(const SsdInputs& in, void* y, int64_t head, int64_t slice, 
 template <class T, int kN> __global__ void __launch_bounds__(kThreads) scan_kernel(SsdScanParams p) {
   const int64_t sequence = blockIdx.x, head = blockIdx.y, matrix = p.in.states * p.in.width;
   const int64_t begin = p.offsets[sequence], at = (sequence * p.in.heads + head) * matrix;
-  const int64_t start = ssd_first_chunk(begin, sequence, p.chunk) * p.in.heads + head;
+  const int64_t start = first_tile(p.offsets, sequence, p.chunk) * p.in.heads + head;
   walk<T, kN>(p.in, p.y, head, blockIdx.z,
               {begin, p.offsets[sequence + 1] - begin, p.initial ? p.initial + at : nullptr, p.final + at,
                p.starts ? p.starts + start * matrix : nullptr, p.chunk});
@@ -109,9 +110,8 @@ template <class T, int kN> __global__ void __launch_bounds__(kThreads) step_kern
       static_cast<T*>(p.y)[(r * p.in.heads + head) * p.in.width + channel] = from_f32<T>(0.0f);
     return;
   }
-  if (continues_run(p, r)) return;
-  int64_t count = 1;
-  while (r + count < p.in.tokens && continues_run(p, r + count)) ++count;
+  if (!run_starts(p.row, r)) return;
+  const int64_t count = run_end(p.row, p.in.tokens, r) - r;
   float* state = p.state + (p.row[r] * p.in.heads + head) * p.in.states * p.in.width;
   walk<T, kN>(p.in, p.y, head, blockIdx.z, {r, count, p.position[r] == 0 ? nullptr : state, state, nullptr, 1});
 }
@@ -130,16 +130,9 @@ dim3 grid_of(int64_t runs, const SsdInputs& in) {
               static_cast<unsigned>((in.width + kChannels - 1) / kChannels));
 }
 
-// Rows *end..tokens-1 of out [tokens,width] become 0.
-template <class T> __global__ void clear_padding_kernel(T* out, const int64_t* end, int64_t tokens, int64_t width) {
-  const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
-  for (int64_t i = *end * width + static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < tokens * width;
-       i += step)
-    out[i] = from_f32<T>(0.0f);
-}
 template <class T>
 void clear_padding(void* out, const SsdScanParams& p, int64_t width, cudaStream_t queue) {
-  clear_padding_kernel<<<64, 256, 0, queue>>>(static_cast<T*>(out), p.offsets + p.sequences, p.in.tokens, width);
+  clear_padding_cuda<T>(p.offsets, p.sequences, p.in.tokens, out, width, queue);
 }
 
 // Backward: the steps of ssd_backward.h by a block. Products by 16 x 16 threads, 4 x 4 sums each, through shared memory.

@@ -8,6 +8,7 @@
 // token: forward 4(2HP + 2GN + H): bound by arithmetic. A decode step reads and writes the state, 8HNP: by memory.
 #pragma once
 #include "common/activations.h"
+#include "common/packed.h"
 
 namespace pymathrl {
 
@@ -67,10 +68,10 @@ void ssd_scan_backward_cuda(const SsdGradParams& p, int device, void* stream);
 void ssd_step_cpu(const SsdStepParams& p);
 void ssd_step_cuda(const SsdStepParams& p, int device, void* stream);
 
-// Each sequence has its own chunks, and their places follow without a sum over the lengths: the ceil(n/chunk) chunks of
-// sequence b end before the first of b+1, since floor(o/c) + ceil(n/c) <= floor((o+n)/c) + 1.
-HD int64_t ssd_first_chunk(int64_t offset, int64_t sequence, int64_t chunk) { return offset / chunk + sequence; }
-HD int64_t ssd_chunks(int64_t tokens, int64_t sequences, int64_t chunk) { return tokens / chunk + sequences; }
+// Chunks are the tiles of packed.h.
+HD int64_t ssd_chunks(int64_t tokens, int64_t sequences, int64_t chunk) {
+  return tile_numbers(tokens, sequences, chunk);
+}
 
 HD int64_t ssd_group(const SsdInputs& in, int64_t head) { return head / (in.heads / in.groups); }
 
@@ -84,8 +85,5 @@ template <class F> HD void ssd_update(F& state, F& y, float a, F dx, float b, fl
   state = state * a + dx * b;
   y = y + state * c;
 }
-
-// Row r goes on with the run of row r-1: the next token of the same sequence.
-HD bool continues_run(const SsdStepParams& p, int64_t r) { return r > 0 && p.row[r] == p.row[r - 1]; }
 
 }  // namespace pymathrl

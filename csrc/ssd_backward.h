@@ -264,7 +264,7 @@ HD void backward_head(const SsdGradParams& g, int64_t sequence, int64_t head, Te
       const int64_t rest = count - i * kBlock;
       return SsdBlock<E>{in, head, first + i * kBlock, rest < kBlock ? rest : kBlock};
     };
-    const int64_t start = ssd_first_chunk(begin, sequence, chunk) + k;
+    const int64_t start = first_tile(forward.offsets, sequence, chunk) + k;
     team.pack(forward.starts + (start * in.heads + head) * matrix, in.width, in.states, in.width, work.states,
               work.p_stride, work.n, work.p);
     for (int64_t i = 0; i + 1 < blocks; ++i) {

@@ -35,4 +35,19 @@ HD bool find_tile(const int64_t* offsets, int64_t sequences, int64_t size, int64
   return index == 0 || first < end;
 }
 
+// Zeroes the padding of [tokens,width], on a CPU; null: nothing. On a GPU: packed.cuh.
+inline void clear_padding(const int64_t* offsets, int64_t sequences, int64_t tokens, void* rows, int64_t width) {
+  const int64_t used = offsets[sequences];
+  if (rows) memset(static_cast<float*>(rows) + used * width, 0, (tokens - used) * width * sizeof(float));
+}
+
+// Of the rows of a step on states held in place: consecutive rows of one state (or of none, -1) are a run. One starts at
+// row i; the row after the last of row i's.
+HD bool run_starts(const int64_t* row, int64_t i) { return i == 0 || row[i] != row[i - 1]; }
+HD int64_t run_end(const int64_t* row, int64_t rows, int64_t i) {
+  int64_t last = i + 1;
+  while (last < rows && !run_starts(row, last)) ++last;
+  return last;
+}
+
 }  // namespace pymathrl
