@@ -143,14 +143,15 @@ def fused_policy_loss(
     """
     if terms.soft is not None and spec.terms.get("entropy_coef"):
         raise ValueError("fused_policy_loss: soft tokens have no entropy bonus; expected entropy_coef 0")
-    rows = _chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
+    rows = head_chunk_rows(hidden, weight) if chunk_rows is None else chunk_rows
     record: dict[str, Any] = {}
     table = None if terms.soft is None else terms.soft.table
     loss = _FusedHead.apply(hidden, weight, table, targets, terms, spec, temperature, max(1, rows), record)
     return HeadLoss(loss, record["logp"], record["entropy"], record["mean_logp"], record["stats"])
 
 
-def _chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+def head_chunk_rows(hidden: Tensor, weight: Tensor) -> int:
+    """Rows whose fp32 logits are held at once."""
     rows = WORKSPACE_BYTES[hidden.device.type] // (4 * weight.shape[0])
     return max(ROW_MULTIPLE, rows // ROW_MULTIPLE * ROW_MULTIPLE)
 

@@ -43,7 +43,7 @@ from pymathrl.loss import WORKSPACE_BYTES, with_options
 from pymathrl.metrics import completion_stats
 from pymathrl.models import ModelConfig, Policy, load, save
 from pymathrl.models.paged import Buffers, PagedCache
-from pymathrl.ops._call import WHY
+from pymathrl.ops._call import _C, WHY
 from pymathrl.ops.attention import PAGE, fused_attention
 from pymathrl.ops.policy_loss import STATS, merge_stats
 from pymathrl.options import run_command
@@ -57,7 +57,6 @@ EVAL_KS = (1, 8)
 # Of the trainer state in a checkpoint. 3: position in a schedule, memory of the algorithm, carry buffer.
 STATE_FORMAT = 3
 MAX_SKIPS = 10  # optimizer steps skipped in a row, or steps without a group, after which a run gives up
-SCAN_TILE = 64  # tokens for which a scan keeps one state (kScanTile in csrc/selective_scan.h)
 
 
 class Stop:
@@ -438,10 +437,10 @@ def kept_bytes(m: ModelConfig, size: int) -> int:
 
 
 def kept_states(m: ModelConfig, tokens: int, sequences: int) -> int:
-    """Bytes of the fp32 states that the scans keep besides, one for each SCAN_TILE tokens and one per sequence."""
+    """Bytes of the fp32 states that the scans keep besides."""
     if m.mamba is None:
         return 0
-    tiles = tokens // SCAN_TILE + sequences
+    tiles = _C.selective_scan_tiles(tokens, sequences)
     return (m.num_layers - m.attention_count) * tiles * 4 * m.mamba.state_size * m.mamba.inner_size
 
 

@@ -269,16 +269,16 @@ class Pass:
         """Ops of this package alone, on the buffers: what a Program can record."""
         c, b, r = self.model.config, self.buffers, self.rows
         x, branch, h = b.stream[:r], b.branch[:r], b.hidden[:r]
-        places = {"attention": itertools.count(), "mamba": itertools.count()}  # of a layer among its kind, in the cache
+        attention, mamba = itertools.count(), itertools.count()  # the place of a layer among its kind, in the cache
         for i, layer in enumerate(self.model.blocks):
             if i == 0:
                 rms_norm_out(x, layer.mixer_norm, h, c.rms_norm_eps)
             else:
                 rms_norm_out(branch, layer.mixer_norm, h, c.rms_norm_eps, residual=x, sum=x)
             if isinstance(layer, MambaLayer):
-                mixed = self._scan(layer, h, next(places["mamba"]))
+                mixed = self._scan(layer, h, next(mamba))
             else:
-                mixed = self._attend(cast(AttentionLayer, layer), h, next(places["attention"]))
+                mixed = self._attend(cast(AttentionLayer, layer), h, next(attention))
             if self.until == "cache" and i + 1 == c.num_layers:
                 return
             linear_out(mixed, layer.out, branch)

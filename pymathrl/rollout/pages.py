@@ -22,6 +22,15 @@ def pages_for(tokens: Tensor) -> Tensor:
     return (tokens + PAGE - 1) // PAGE
 
 
+def who_moves(held: Tensor, refs: Tensor) -> Tensor:
+    """held [n]: what each of n writers holds, refs: holders of each -> int64, the writers that must have a copy of
+    their own, by what they hold. Where all holders of one write, the last of them keeps it."""
+    order = torch.argsort(held, stable=True)
+    held = held[order]
+    first = torch.searchsorted(held, held)  # where the run of each starts
+    return order[torch.arange(held.numel()) - first < refs[held] - 1]
+
+
 class PageTable:
     """Pages of up to S sequences out of a pool. All tensors are int64 on the CPU.
 
@@ -96,14 +105,9 @@ class PageTable:
         written = slots[self._shared(slots, end)]
         if written.numel():
             column = self.fed[written] // PAGE
+            movers = who_moves(self.table[written, column], self.refs)
+            written, column = written[movers], column[movers]
             source = self.table[written, column]
-            # of several holders that all write, the last keeps the page
-            order = torch.argsort(source, stable=True)
-            written, column, source = written[order], column[order], source[order]
-            run = torch.arange(source.numel())
-            first = torch.searchsorted(source, source)  # where each page's run starts
-            moves = run - first < self.refs[source] - 1
-            written, column, source = written[moves], column[moves], source[moves]
             target = self._take(source.numel())
             self.copy(source, target)
             self.table[written, column] = target

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pymathrl.rollout.pages import PageTable
+from pymathrl.rollout.pages import PageTable, who_moves
 
 KEPT = 16  # states that a sequence keeps to come back to; the oldest go first
 Copy = Callable[[Tensor, Tensor], None]
@@ -57,15 +57,11 @@ class HybridTable(PageTable):
         super().reserve(slots, end)
         shared = slots[(self.state[slots] >= 0) & (self.need_states(slots) > 0)]
         if shared.numel():
-            source = self.state[shared]
-            # of several holders that all write, the last keeps the row
-            order = torch.argsort(source, stable=True)
-            shared, source = shared[order], source[order]
-            moves = torch.arange(source.numel()) - torch.searchsorted(source, source) < self.state_refs[source] - 1
-            shared, source = shared[moves], source[moves]
+            movers = shared[who_moves(self.state[shared], self.state_refs)]
+            source = self.state[movers]
             target = self._take_states(source.numel())
             self.copy_state(source, target)
-            self.state[shared] = target
+            self.state[movers] = target
             self.state_refs.index_add_(0, source, torch.full_like(source, -1))
         fresh = slots[self.state[slots] < 0]
         self.state[fresh] = self._take_states(fresh.numel())
@@ -79,7 +75,8 @@ class HybridTable(PageTable):
         super().share(source, target)
         self.taken[target] = self.fed[source]
         self.state[target] = torch.where(self.fed[source] > 0, self.state[source], -1)
-        self._hold(self.state[target[self.fed[target] > 0]])
+        rows = self.state[target[self.fed[target] > 0]]
+        self.state_refs.index_add_(0, rows, torch.ones_like(rows))
 
     def ran(self, slots: Tensor, tokens: Tensor | int) -> None:
         self.taken[slots] += tokens
@@ -132,9 +129,6 @@ class HybridTable(PageTable):
             if row >= 0:
                 self.state_refs[row] += 1
         super().truncate(slots, self.taken[slots])
-
-    def _hold(self, rows: Tensor) -> None:
-        self.state_refs.index_add_(0, rows, torch.ones_like(rows))
 
     def _take_states(self, count: int) -> Tensor:
         taken = (self.state_refs == 0).nonzero()[:count, 0]

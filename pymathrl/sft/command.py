@@ -81,8 +81,15 @@ def sft(run: SftRun) -> int:
     if run.resume is not None and not run.dry_run:
         clean_checkpoints(run.resume)
     checkpoint = None if run.resume is None else newest_checkpoint(run.resume)
-    policy = first_policy(config, device) if checkpoint is None else load_policy(config, str(checkpoint), device)
-    teacher = first_teacher(config, policy, device) if config.mode == "distill" else None
+    teacher = first_teacher(config, device) if config.mode == "distill" else None
+    if checkpoint is not None:
+        policy = load_policy(config, str(checkpoint), device)
+    elif teacher is not None:
+        policy = first_student(config, teacher, device)
+    else:
+        policy = first_policy(config, device)
+    if teacher is not None:
+        check_pair(policy, teacher)
     common = config.common() if task is None else fit_context(config.common(), policy)
     most = min(config.max_tokens, policy.config.max_positions)
     blend = None
@@ -410,13 +417,7 @@ class Session:
 def first_policy(config: SftConfig, device: torch.device) -> Policy:
     """The model that a run starts from: --model, or the mean of those of --average-of."""
     if config.average_of is None:
-        policy = load_policy(config, config.model, device)
-        if config.mode == "distill" and policy.config.mamba is None:
-            kept = config.kept_layers()
-            return to_hybrid(policy, spread_layers(policy.config.num_layers) if kept is None else kept, config.seed)
-        if config.attention_layers is not None:
-            raise UserError(f"--attention-layers: {config.model} is a hybrid already; leave it out to go on with it")
-        return policy
+        return load_policy(config, config.model, device)
     paths = [path for path in config.average_of.split(",") if path]
     if len(paths) < 2:
         raise UserError(f"--average-of: expected two or more models, comma-separated, got {config.average_of!r}")
@@ -425,14 +426,25 @@ def first_policy(config: SftConfig, device: torch.device) -> Policy:
     return policy
 
 
-def first_teacher(config: SftConfig, student: Policy, device: torch.device) -> Policy:
+def first_teacher(config: SftConfig, device: torch.device) -> Policy:
     """The model of --teacher, or of --model where that is a transformer. Frozen."""
     teacher = load_policy(config, config.teacher or config.model, device)
     if config.teacher is None and teacher.config.mamba is not None:
         raise UserError(f"--model {config.model} is a hybrid: name the model to be like with --teacher")
-    check_pair(student, teacher)
     teacher.model.requires_grad_(False)
     return teacher
+
+
+def first_student(config: SftConfig, teacher: Policy, device: torch.device) -> Policy:
+    """What a distillation starts from: --model as it is where it is a hybrid, or a mean of models; else its start of
+    M1. The teacher itself is that --model where no --teacher is named, and is not loaded twice."""
+    policy = teacher if config.teacher is None else first_policy(config, device)
+    if policy.config.mamba is None and config.average_of is None:
+        kept = config.kept_layers()
+        return to_hybrid(policy, spread_layers(policy.config.num_layers) if kept is None else kept, config.seed)
+    if config.attention_layers is not None:
+        raise UserError(f"--attention-layers: {config.model} is a hybrid already; leave it out to go on with it")
+    return policy
 
 
 def load_policy(config: SftConfig, path: str, device: torch.device) -> Policy:

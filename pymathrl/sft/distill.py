@@ -14,10 +14,9 @@ from torch import Tensor
 
 from pymathrl.batch import Rollout, micro_batches
 from pymathrl.errors import UserError
+from pymathrl.loss import head_chunk_rows
 from pymathrl.models import Policy
-from pymathrl.ops.linear import linear
-
-CHUNK_BYTES = 32 << 20  # of the fp32 logits of one of the two models held at once
+from pymathrl.ops.linear import linear_out
 
 
 class Distilled(NamedTuple):
@@ -28,7 +27,8 @@ class Distilled(NamedTuple):
 
 
 class _Head(torch.autograd.Function):
-    """sum_n coef (kl_weight KL_n + ce_weight nll_n), rows in chunks: neither model's logits are ever all there."""
+    """sum_n coef (kl_weight KL_n + ce_weight nll_n), rows in chunks: neither model's logits are ever all there. Adds
+    the two sums to `sums` [2]."""
 
     @staticmethod
     def forward(
@@ -36,23 +36,27 @@ class _Head(torch.autograd.Function):
         coef: Tensor, kl_weight: float, ce_weight: float, sums: Tensor,
     ) -> Tensor:  # fmt: skip
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        part_sums = torch.zeros_like(sums)
+        rows = head_chunk_rows(hidden, weight)
+        ours, theirs = torch.empty(2, min(rows, len(hidden)), len(weight), device=hidden.device)  # logits stay fp32
         for begin in range(0, len(hidden), rows):
             part = slice(begin, begin + rows)
-            logp = linear(hidden[part], weight).float().log_softmax(-1)
-            other = linear(teacher_hidden[part], teacher_weight).float().log_softmax(-1)
+            count = min(rows, len(hidden) - begin)
+            logp = linear_out(hidden[part], weight, ours[:count]).log_softmax(-1)
+            other = linear_out(teacher_hidden[part], teacher_weight, theirs[:count]).log_softmax(-1)
             p, gap = logp.exp(), logp - other
             # a token that both rule out adds nothing; one that only the teacher rules out is infinitely wrong
             gap = torch.where(p == 0, 0.0, gap)
             kl, chosen, share = (p * gap).sum(-1), targets[part, None], coef[part]
-            sums += torch.stack([(share * kl).sum(), -(share * logp.gather(1, chosen)[:, 0]).sum()])
+            part_sums += torch.stack([(share * kl).sum(), -(share * logp.gather(1, chosen)[:, 0]).sum()])
             dlogits = p * (kl_weight * (gap - kl[:, None]) + ce_weight)
             dlogits.scatter_add_(1, chosen, torch.full_like(dlogits[:, :1], -ce_weight))
             dlogits = (dlogits * share[:, None]).to(weight.dtype)
             torch.mm(dlogits, weight, out=grad_hidden[part])
             grad_weight.addmm_(dlogits.t(), hidden[part])
         ctx.save_for_backward(grad_hidden, grad_weight)
-        return kl_weight * sums[0] + ce_weight * sums[1]
+        sums += part_sums
+        return kl_weight * part_sums[0] + ce_weight * part_sums[1]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
